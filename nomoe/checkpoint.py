@@ -1,0 +1,254 @@
+"""From a folder or a Hub repository to checked tensors.
+
+Only safetensors files are read. A float32 checkpoint loaded as float32 on a CPU keeps its tensors
+memory-mapped: they are never copied, and processes on one machine share them.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_REPO = "nomic-ai/nomic-embed-text-v2-moe"
+# the published weights; a name without a revision would follow whatever is pushed next
+DEFAULT_REVISION = "1066b6599d099fbb93dfcb64f9c37a7c9e503e85"
+
+CONFIG_FILE = "config.json"
+TOKENIZER_FILE = "tokenizer.json"
+MODULES_FILE = "modules.json"
+POOLING_FILE = "1_Pooling/config.json"
+SENTENCE_FILE = "sentence_bert_config.json"
+PROMPTS_FILE = "config_sentence_transformers.json"
+WEIGHTS_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+# everything nomoe reads from a repository, and nothing else
+NEEDED_FILES = (
+    CONFIG_FILE,
+    TOKENIZER_FILE,
+    MODULES_FILE,
+    POOLING_FILE,
+    SENTENCE_FILE,
+    PROMPTS_FILE,
+    WEIGHTS_FILE,
+    INDEX_FILE,
+    "model-*-of-*.safetensors",
+)
+
+_FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def locate(
+    name_or_path: str | Path,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+) -> Path:
+    """Return the folder that holds a checkpoint, downloading it from the Hub if need be.
+
+    A pinned commit that is already in the cache is used without asking the Hub anything.
+
+    Args:
+        name_or_path: A local folder, or a repository name such as "owner/name".
+        revision: Branch, tag or commit. None means the published commit for `DEFAULT_REPO` and the
+            main branch for any other repository.
+        token: Hub token, or True for the stored one.
+        cache_dir: Hub cache folder.
+        local_files_only: Never reach for the network.
+
+    Raises:
+        FileNotFoundError: Neither a folder nor a repository, or not in the cache while offline.
+        PermissionError: The Hub refuses access.
+        ValueError: The revision does not exist.
+        ConnectionError: The Hub could not be reached, or the download broke.
+    """
+    folder = Path(name_or_path).expanduser()
+    if folder.is_dir():
+        return folder
+    repo = str(name_or_path)
+    if folder.exists():
+        raise FileNotFoundError(f"{repo} is a file; expected the folder that holds {CONFIG_FILE}")
+    if not _REPO_ID.fullmatch(repo):
+        raise FileNotFoundError(f"{repo} is neither an existing folder nor a repository name")
+    if revision is None and repo == DEFAULT_REPO:
+        revision = DEFAULT_REVISION
+
+    def fetch(*, local: bool) -> Path:
+        return Path(
+            snapshot_download(
+                repo,
+                revision=revision,
+                token=token,
+                cache_dir=cache_dir,
+                local_files_only=local,
+                allow_patterns=list(NEEDED_FILES),
+            )
+        )
+
+    if revision is not None and _COMMIT.fullmatch(revision):
+        try:
+            cached = fetch(local=True)
+        except LocalEntryNotFoundError:
+            pass
+        else:
+            if _is_whole(cached):
+                return cached
+    at = f"{repo} at revision {revision or 'main'}"
+    try:
+        return fetch(local=local_files_only)
+    except LocalEntryNotFoundError as error:
+        if local_files_only or error.__cause__ is None:
+            raise FileNotFoundError(
+                f"{at} is not in the local cache, and the network may not be used; download it "
+                f"once on a connected machine, for example with `hf download {repo}`"
+            ) from error
+        raise ConnectionError(f"{at}: the Hub could not be reached: {error.__cause__}") from error
+    except RevisionNotFoundError as error:
+        raise ValueError(f"{repo} has no revision {revision!r}") from error
+    except (RepositoryNotFoundError, HfHubHTTPError) as error:
+        status = error.response.status_code if error.response is not None else None
+        if status in (401, 403):
+            raise PermissionError(
+                f"the Hub refuses access to {at} ({status}): the name is wrong, or the repository "
+                "is private or gated; log in with `hf auth login` or pass token="
+            ) from error
+        if status == 404:
+            raise FileNotFoundError(f"{repo} is neither a folder nor a repository") from error
+        raise ConnectionError(f"the Hub answered with an error for {at}: {error}") from error
+    except HFValidationError as error:
+        raise FileNotFoundError(f"{repo} is neither a folder nor a repository name") from error
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether every file that nomoe cannot do without is there."""
+    try:
+        shards = find_weights(folder)
+    except (FileNotFoundError, ValueError):
+        return False
+    needed = [folder / CONFIG_FILE, folder / TOKENIZER_FILE, *shards]
+    return all(path.is_file() for path in needed)
+
+
+def find_weights(folder: Path) -> list[Path]:
+    """List the safetensors files of a checkpoint: one, or the shards that its index names.
+
+    Raises:
+        FileNotFoundError: There are none. Pickled weights are named but never read.
+        ValueError: The index is damaged.
+    """
+    if (folder / WEIGHTS_FILE).is_file():
+        return [folder / WEIGHTS_FILE]
+    index = folder / INDEX_FILE
+    if index.is_file():
+        try:
+            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{index} is not a safetensors index: {error!r}") from error
+        for name in names:
+            if not isinstance(name, str) or Path(name).name != name:
+                raise ValueError(f"{index} names {name!r}, which is not a file beside it")
+        shards = sorted(folder / name for name in names)
+        absent = [path.name for path in shards if not path.is_file()]
+        if absent:
+            raise FileNotFoundError(f"{index} names shards that are absent: {', '.join(absent)}")
+        return shards
+    pickled = sorted(path.name for path in folder.glob("*.bin"))
+    if pickled:
+        raise FileNotFoundError(
+            f"{folder} holds {', '.join(pickled)} but no {WEIGHTS_FILE}. Pickled weights can run "
+            "code and are never loaded; save the checkpoint as safetensors"
+        )
+    raise FileNotFoundError(f"{folder} holds neither {WEIGHTS_FILE} nor {INDEX_FILE}")
+
+
+def load_tensors(
+    folder: Path, shapes: Mapping[str, tuple[int, ...]], *, dtype: torch.dtype, device: torch.device
+) -> dict[str, Tensor]:
+    """Load exactly the expected tensors, cast one at a time.
+
+    Args:
+        folder: The checkpoint.
+        shapes: Name and shape of every tensor the model has.
+        dtype: Wanted dtype. Where the file has it and the device is the CPU, nothing is copied.
+        device: Wanted device.
+
+    Raises:
+        FileNotFoundError: As `find_weights`.
+        ValueError: Tensors missing, unexpected, of another shape or not floating (all are listed),
+            a damaged file, or values that are not finite in `dtype`.
+    """
+    with ExitStack() as stack:
+        files: dict[str, safe_open] = {}
+        problems = []
+        for path in find_weights(folder):
+            try:
+                file = stack.enter_context(safe_open(path, framework="pt"))
+            except (SafetensorError, OSError) as error:
+                raise ValueError(
+                    f"{path} is not a whole safetensors file (a broken download?): {error}"
+                ) from error
+            for name in file.keys():  # noqa: SIM118 -- not a dict
+                if name in files:
+                    problems.append(f"{name}: stored in more than one shard")
+                files[name] = file
+        problems += _compare(files, shapes)
+        if problems:
+            raise ValueError(
+                f"{folder} does not fit its config.json:\n  " + "\n  ".join(sorted(problems))
+            )
+        tensors = {}
+        spoiled = []
+        for name in shapes:
+            tensor = files[name].get_tensor(name).to(device=device, dtype=dtype)
+            if not _is_finite(tensor):
+                spoiled.append(name)
+            tensors[name] = tensor
+        if spoiled:
+            raise ValueError(
+                f"{folder} holds NaN, infinite or (for {dtype}) too large values in: "
+                + ", ".join(spoiled)
+            )
+        return tensors
+
+
+def _compare(
+    files: Mapping[str, safe_open], shapes: Mapping[str, tuple[int, ...]]
+) -> Iterator[str]:
+    for name in shapes.keys() - files.keys():
+        yield f"{name}: missing, expected {list(shapes[name])}"
+    for name in files.keys() - shapes.keys():
+        yield f"{name}: unexpected"
+    for name in shapes.keys() & files.keys():
+        stored = files[name].get_slice(name)
+        if tuple(stored.get_shape()) != tuple(shapes[name]):
+            yield f"{name}: shape {stored.get_shape()}, expected {list(shapes[name])}"
+        if stored.get_dtype() not in _FLOATS:
+            yield f"{name}: dtype {stored.get_dtype()}, expected one of {', '.join(_FLOATS)}"
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    # the extremes of a tensor with a NaN are NaN; unlike isfinite() this makes no temporary
+    low, high = torch.aminmax(tensor)
+    return bool(torch.isfinite(low) & torch.isfinite(high))

@@ -1,0 +1,264 @@
+"""The command line. Nothing here imports torch before a command runs, so that --help is quick."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from . import __version__
+
+# from checkpoint.py, which would import torch
+_DEFAULT_REPO = "nomic-ai/nomic-embed-text-v2-moe"
+_PRECISIONS = ("float32", "int8", "uint8", "binary", "ubinary")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns 0, 1 where `verify` finds a miss, 2 on an error."""
+    options = _parser().parse_args(arguments)
+    logging.basicConfig(format="nomoe: %(message)s", level=logging.WARNING)
+    command = {
+        "demo": _demo,
+        "embed": _embed,
+        "verify": _verify,
+        "route": _route,
+        "info": _info,
+    }[options.command]
+    try:
+        return command(options)
+    except KeyboardInterrupt:
+        print("nomoe: interrupted", file=sys.stderr)
+        return 130
+    # what bad input, an absent file or an unable machine raises; any other bug shows itself
+    except (ValueError, TypeError, OSError, RuntimeError, ImportError) as error:
+        if options.traceback:
+            raise
+        print(f"nomoe: error: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="nomoe", description="Multilingual embeddings with nomic-embed-text-v2-moe."
+    )
+    parser.add_argument("--version", action="version", version=f"nomoe {__version__}")
+    parser.add_argument("--traceback", action="store_true", help="show where an error came from")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(name: str, summary: str) -> argparse.ArgumentParser:
+        return commands.add_parser(name, help=summary, description=summary)
+
+    demo = add("demo", "Embed twenty languages with a model of random weights, offline.")
+    demo.add_argument(
+        "--folder", type=Path, help="keep the checkpoint there (default: a temporary folder)"
+    )
+
+    embed = add("embed", "Embed the texts of a file.")
+    embed.add_argument("input", type=Path, metavar="INPUT", help=".txt (a text a line) or .jsonl")
+    embed.add_argument(
+        "-o", "--output", type=Path, required=True, metavar="OUT", help=".npy or .jsonl"
+    )
+    embed.add_argument(
+        "--prompt",
+        default="document",
+        metavar="NAME",
+        help="prompt of every text: query, document, ...; '' for none (default: %(default)s)",
+    )
+    embed.add_argument("--dim", type=int, help="keep the first features only (default: all 768)")
+    embed.add_argument(
+        "--column", default="text", help="where .jsonl objects have the text (default: %(default)s)"
+    )
+    embed.add_argument("--precision", choices=_PRECISIONS, default="float32")
+    embed.add_argument("--max-seq-length", type=int, metavar="TOKENS", help="(default: 512)")
+    embed.add_argument("--batch-tokens", type=int, metavar="TOKENS", help="most tokens of a batch")
+    embed.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
+    _add_model_options(embed)
+
+    verify = add("verify", "Check this machine's results against golden data. Exits 1 on a miss.")
+    verify.add_argument(
+        "--reference",
+        action="store_true",
+        help="also compare with the reference Hugging Face code, which this downloads and runs "
+        "(needs transformers)",
+    )
+    verify.add_argument(
+        "--code-revision", metavar="COMMIT", help="of the reference code (default: the pinned one)"
+    )
+    _add_model_options(verify)
+
+    route = add("route", "Show which experts the texts of a file use, layer by layer.")
+    route.add_argument(
+        "input", type=Path, metavar="TEXTFILE", help=".txt (a text a line) or .jsonl"
+    )
+    route.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        metavar="PICTURE",
+        help="heat map, .png or .svg (default: TEXTFILE.routes.png; needs matplotlib)",
+    )
+    route.add_argument("--prompt", default="document", metavar="NAME", help="(default: document)")
+    route.add_argument("--column", default="text", help="(default: text)")
+    _add_model_options(route)
+
+    info = add("info", "Show versions, the device, and the backend in use and why.")
+    info.add_argument("--device")
+    return parser
+
+
+def _add_model_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model",
+        default=_DEFAULT_REPO,
+        metavar="PATH_OR_REPO",
+        help="folder or Hub repository (default: %(default)s, pinned)",
+    )
+    parser.add_argument("--revision", help="branch, tag or commit of a Hub repository")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
+    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"))
+    parser.add_argument("--backend", choices=("auto", "torch", "triton"), default="auto")
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from .demo import run
+
+    run(options.folder)
+    return 0
+
+
+def _embed(options: argparse.Namespace) -> int:
+    from itertools import tee
+
+    from .encoder import Encoder
+    from .files import atomic_output, check_output, read_rows, write_jsonl, write_npy
+    from .tokenizer import check_texts
+
+    check_output(options.output, overwrite=options.overwrite)
+    # the whole input is read once before the model is, so that a bad line costs no work
+    total = 0
+    for row in read_rows(options.input, options.column):
+        check_texts([row.text], total)
+        total += 1
+    encoder = Encoder.from_pretrained(
+        options.model,
+        revision=options.revision,
+        device=options.device,
+        dtype=options.dtype,
+        backend=options.backend,
+        max_seq_length=options.max_seq_length,
+        truncate_dim=options.dim,
+    )
+    rows, texts = tee(read_rows(options.input, options.column))
+    parts = encoder.stream(
+        (row.text for row in texts),
+        prompt_name=options.prompt or None,
+        prompt=None if options.prompt else "",
+        precision=options.precision,
+        batch_tokens=options.batch_tokens,
+        total=total,
+    )
+    with atomic_output(options.output) as file:
+        if options.output.suffix == ".jsonl":
+            write_jsonl(file, rows, parts)
+        else:
+            example = encoder.encode([], precision=options.precision)
+            write_npy(file, parts, example.shape[1], example.dtype)
+    print(f"{total:,} texts -> {options.output}")
+    return 0
+
+
+def _verify(options: argparse.Namespace) -> int:
+    import torch
+
+    from . import data
+    from .encoder import Encoder
+    from .model import resolve_device, resolve_dtype
+    from .moe import select_backend
+    from .verify import Check, table, verify_golden, verify_published, verify_reference
+
+    device = resolve_device(options.device)
+    dtype = resolve_dtype(options.dtype, device)
+    backend = select_backend(options.backend, device)
+    named = str(dtype).removeprefix("torch.")
+    print(f"backend {backend.name} on {device} in {named}; torch {torch.__version__}\n", flush=True)
+    checks = verify_golden(device, dtype, options.backend)
+
+    default = options.model == _DEFAULT_REPO
+    encoder = None
+    try:
+        encoder = Encoder.from_pretrained(
+            options.model,
+            revision=options.revision,
+            device=device,
+            dtype=torch.float32,
+            backend=options.backend,
+            # with --reference everything is downloaded anyway
+            local_files_only=default and not options.reference,
+        )
+    except FileNotFoundError:
+        if not default:
+            raise
+        checks.append(
+            Check("published figures", "the weights are not in the local cache", "", "skipped")
+        )
+    if encoder is not None and (default or not options.reference):
+        checks += verify_published(encoder)
+    if options.reference:
+        assert encoder is not None
+        pinned = data.published()["checkpoint"]
+        checks += verify_reference(
+            encoder,
+            options.model,
+            options.revision or (pinned["revision"] if default else None),
+            options.code_revision or (pinned["remote_code_revision"] if default else None),
+        )
+    print(table(checks))
+    missed = sum(check.result == "MISS" for check in checks)
+    print(f"\n{missed} of {len(checks)} checks missed" if missed else "\nall checks hold")
+    return 1 if missed else 0
+
+
+def _route(options: argparse.Namespace) -> int:
+    from importlib.util import find_spec
+
+    from .encoder import Encoder
+    from .files import read_rows
+
+    picture = options.output or options.input.with_name(options.input.name + ".routes.png")
+    drawable = find_spec("matplotlib") is not None
+    if options.output and not drawable:
+        raise ImportError("the picture needs matplotlib: pip install 'nomoe[plot]'")
+    texts = [row.text for row in read_rows(options.input, options.column)]
+    encoder = Encoder.from_pretrained(
+        options.model,
+        revision=options.revision,
+        device=options.device,
+        dtype=options.dtype,
+        backend=options.backend,
+    )
+    routes = encoder.route(
+        texts, prompt_name=options.prompt or None, prompt=None if options.prompt else ""
+    )
+    tokens = sum(len(one) for one in routes.tokens)
+    title = f"expert use, {len(texts):,} texts, {tokens:,} tokens"
+    print(f"{title}\n\n{routes.table()}\n")
+    if drawable:
+        routes.save_picture(picture, f"{options.input.name}: {title}")
+        print(f"picture: {picture}")
+    else:
+        print("for a picture: pip install 'nomoe[plot]'")
+    return 0
+
+
+def _info(options: argparse.Namespace) -> int:
+    from .info import describe
+
+    for name, value in describe(options.device):
+        print(f"{name:<20} {value}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,74 @@
+"""Smaller vectors: int8 with a fixed range, and one bit per feature."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+Precision = Literal["float32", "int8", "uint8", "binary", "ubinary"]
+PRECISIONS: tuple[Precision, ...] = ("float32", "int8", "uint8", "binary", "ubinary")
+
+
+def check_precision(precision: str, dim: int, ranges: npt.ArrayLike | None) -> None:
+    """Refuse a precision that cannot be had.
+
+    Raises:
+        ValueError: An unknown precision, a dimension that does not fill whole bytes for the binary
+            ones, or ranges that are not (2, dim) with minimum below maximum.
+    """
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision is {precision!r}, expected one of {', '.join(PRECISIONS)}")
+    if precision.endswith("binary") and dim % 8:
+        raise ValueError(
+            f"precision {precision!r} packs 8 features a byte; {dim} is no multiple of 8"
+        )
+    if ranges is None:
+        return
+    if precision not in ("int8", "uint8"):
+        raise ValueError(f"ranges= applies to int8 and uint8, not to {precision!r}")
+    given = np.asarray(ranges, dtype=np.float32)
+    if given.shape != (2, dim) or not bool((given[0] < given[1]).all()):
+        raise ValueError(
+            f"ranges has shape {given.shape}, expected (2, {dim}): the minimum of each feature, "
+            "then its maximum, above it"
+        )
+
+
+def quantize(
+    vectors: npt.NDArray[np.float32], precision: Precision, ranges: npt.ArrayLike | None = None
+) -> npt.NDArray[np.generic]:
+    """Quantise unit vectors.
+
+    int8 maps [-4/sqrt(d), 4/sqrt(d)], four standard deviations of a random unit vector's feature,
+    linearly to [-127, 127], rounds to nearest and clips, so zero stays zero and dot products keep
+    their order. The range is fixed: a text quantises alike alone and among a million. uint8 is the
+    same plus 128. binary and ubinary keep the signs, 8 to a byte, first feature highest.
+
+    Args:
+        vectors: (n, d), unit norm.
+        precision: What to make.
+        ranges: (2, d), minimum and maximum of each feature, in place of the fixed range.
+
+    Returns:
+        (n, d) float32, int8 or uint8; (n, d / 8) int8 for binary, uint8 for ubinary.
+    """
+    if precision == "float32":
+        return vectors
+    if precision in ("binary", "ubinary"):
+        packed: npt.NDArray[np.uint8] = np.packbits(vectors > 0, axis=1)
+        # sentence-transformers' convention: the signed form is the unsigned one less 128
+        if precision == "ubinary":
+            return packed
+        signed: npt.NDArray[np.int8] = (packed.astype(np.int16) - 128).astype(np.int8)
+        return signed
+    if ranges is None:
+        centre, half = np.float32(0), np.float32(4 / np.sqrt(max(vectors.shape[1], 1)))
+    else:
+        low, high = np.asarray(ranges, dtype=np.float32)
+        centre, half = (low + high) / 2, (high - low) / 2
+    scaled = np.clip(np.rint((vectors - centre) / half * 127), -127, 127)
+    if precision == "int8":
+        return np.asarray(scaled, dtype=np.int8)
+    return np.asarray(scaled + 128, dtype=np.uint8)
