@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("nomoe: interrupted", file=sys.stderr)
         return 130
     # what bad input, an absent file or an unable machine raises; any other bug shows itself
-    except (ValueError, TypeError, OSError, RuntimeError, ImportError) as error:
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
         if options.traceback:
             raise
         print(f"nomoe: error: {error}", file=sys.stderr)

@@ -28,9 +28,8 @@ def run(folder: Path | None) -> None:
         write_checkpoint(target)
         for path in sorted(target.rglob("*")):
             if path.is_file():
-                say(
-                    f"    {path.relative_to(target).as_posix():<36} {path.stat().st_size:>11,} bytes"
-                )
+                name = path.relative_to(target).as_posix()
+                say(f"    {name:<36} {path.stat().st_size:>11,} bytes")
         show(Encoder.from_pretrained(target, device="cpu"))
 
 

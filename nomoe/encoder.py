@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import chain
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from .batching import make_batches, tokenize_ahead, windows
+from . import pipeline, similarity
 from .checkpoint import DEFAULT_REPO, TOKENIZER_FILE, locate
 from .model import NomicMoEModel, resolve_device
 from .moe import BackendName, select_backend
+from .pipeline import Plan
 from .quantize import Precision, check_precision, quantize
 from .repository import SentenceSettings, read_sentence_settings
 from .routes import Routes
-from .tokenizer import Tokenizer, Tokens, check_texts
+from .tokenizer import Tokenizer, check_texts
 
 logger = logging.getLogger(__name__)
 
@@ -32,19 +30,6 @@ Array = npt.NDArray[Any]
 # on two CPU cores the matrix products gain nothing beyond some 4,000 rows, and the activations of a
 # larger batch leave the caches
 _BATCH_TOKENS = {"cpu": 4096, "cuda": 65_536}
-# a bar that would be gone before it is read is not shown
-_BAR_DELAY_S = 2.0
-
-
-class _Batch(NamedTuple):
-    """One batch of a window after the forward."""
-
-    # positions of its texts in the window
-    positions: list[int]
-    lengths: list[int]
-    hidden_TD: Tensor
-    # mean over each text's tokens, (B, D), float32
-    pooled_BD: Tensor
 
 
 class Encoder:
@@ -81,7 +66,7 @@ class Encoder:
         self._normalizes = settings.normalizes
         self.max_seq_length = settings.max_seq_length if max_seq_length is None else max_seq_length
         self.truncate_dim = self._check_dim(truncate_dim)
-        self._warned_of_prefix = False
+        self._noted_missing_prompt = False
 
     @classmethod
     def from_pretrained(
@@ -232,15 +217,18 @@ class Encoder:
             ValueError: An unknown prompt name, precision or dimension, text that is not valid
                 Unicode, or a text too long under `on_too_long="error"`.
         """
-        single = isinstance(inputs, str)
-        texts = [inputs] if isinstance(inputs, str) else _as_list(inputs)
-        check_texts(texts)
-        prefix = self._prefix(prompt_name, prompt)
-        dim = self._check_dim(truncate_dim) or self.get_embedding_dimension()
-        check_precision(precision, dim, ranges)
-        batch_tokens = self._check_batching(batch_size, batch_tokens)
-        if on_too_long not in ("warn", "error"):
-            raise ValueError(f"on_too_long is {on_too_long!r}, expected 'warn' or 'error'")
+        texts = _as_list(inputs)
+        plan = self._plan(
+            prompt_name,
+            prompt,
+            truncate_dim=truncate_dim,
+            normalize=normalize_embeddings,
+            precision=precision,
+            ranges=ranges,
+            batch_tokens=batch_tokens,
+            batch_size=batch_size,
+            on_too_long=on_too_long,
+        )
         if output_value not in ("sentence_embedding", "token_embeddings", None):
             raise ValueError(
                 f"output_value is {output_value!r}, expected 'sentence_embedding', "
@@ -248,22 +236,26 @@ class Encoder:
             )
         if output_value != "sentence_embedding" and precision != "float32":
             raise ValueError("precision applies to output_value='sentence_embedding' only")
-        if device is not None and resolve_device(device) != self.device:
+        if device is not None:
             self.to(device)
+        if prompt_name is None and prompt is None:
+            texts = list(self._noting_missing_prompt(texts))
 
-        prepared = self._tokenized(texts, prefix, batch_tokens, on_too_long)
-        with _progress(show_progress_bar, len(texts)) as bar:
+        single = isinstance(inputs, str)
+        windows = pipeline.tokenized(self.tokenizer, texts, plan)
+        if plan.refuse_long:
+            # to refuse before any compute, everything is tokenised first
+            windows = iter(list(windows))
+        with pipeline.progress(show_progress_bar, len(texts)) as bar:
             if output_value != "sentence_embedding":
-                rows = []
-                for tokens in prepared:
-                    batches = self._forward(tokens, batch_tokens, batch_size, bar)
-                    rows += self._rows(tokens, batches, dim, normalize_embeddings, output_value)
+                rows: list[Any] = []
+                for tokens in windows:
+                    rows += pipeline.embed_tokens(self.model, tokens, plan, bar)
+                if output_value == "token_embeddings":
+                    rows = [row["token_embeddings"] for row in rows]
                 return rows[0] if single else rows
-            parts = [
-                self._vectors(tokens, batch_tokens, batch_size, bar, dim, normalize_embeddings)
-                for tokens in prepared
-            ]
-        vectors = torch.cat(parts) if parts else torch.empty(0, dim, device=self.device)
+            parts = [pipeline.embed(self.model, tokens, plan, bar) for tokens in windows]
+        vectors = torch.cat([torch.empty(0, plan.dim, device=self.device), *parts])
         if precision != "float32":
             quantized = quantize(vectors.cpu().numpy(), precision, ranges)
             vectors = torch.from_numpy(quantized).to(self.device)
@@ -323,28 +315,37 @@ class Encoder:
             TypeError: `inputs` is a str or bytes, or a text is not a str (while iterating).
             ValueError: As `encode`; for a bad text while iterating.
         """
-        if isinstance(inputs, str | bytes):
+        if isinstance(inputs, str | bytes | bytearray):
             raise TypeError(f"stream takes an iterable of texts, not one {type(inputs).__name__}")
-        prefix = self._prefix(prompt_name, prompt)
-        dim = self._check_dim(truncate_dim) or self.get_embedding_dimension()
-        check_precision(precision, dim, ranges)
-        batch_tokens = self._check_batching(batch_size, batch_tokens)
-        if on_too_long not in ("warn", "error"):
-            raise ValueError(f"on_too_long is {on_too_long!r}, expected 'warn' or 'error'")
+        plan = self._plan(
+            prompt_name,
+            prompt,
+            truncate_dim=truncate_dim,
+            normalize=normalize_embeddings,
+            precision=precision,
+            ranges=ranges,
+            batch_tokens=batch_tokens,
+            batch_size=batch_size,
+            on_too_long=on_too_long,
+        )
         texts = iter(inputs)
+        if prompt_name is None and prompt is None:
+            texts = self._noting_missing_prompt(texts)
 
         def generate() -> Iterator[Array]:
-            with _progress(show_progress_bar, total) as bar:
-                for tokens in self._tokenized(texts, prefix, batch_tokens, on_too_long):
-                    vectors = self._vectors(
-                        tokens, batch_tokens, batch_size, bar, dim, normalize_embeddings
-                    )
+            with pipeline.progress(show_progress_bar, total) as bar:
+                for tokens in pipeline.tokenized(self.tokenizer, texts, plan):
+                    vectors = pipeline.embed(self.model, tokens, plan, bar)
                     yield quantize(vectors.cpu().numpy(), precision, ranges)
 
         return generate()
 
     def route(
-        self, inputs: str | Sequence[str], prompt_name: str | None = None, prompt: str | None = None
+        self,
+        inputs: str | Sequence[str],
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        show_progress_bar: bool | None = None,
     ) -> Routes:
         """Tell which experts each token of each text goes to.
 
@@ -352,91 +353,56 @@ class Encoder:
             inputs: One text or a sequence of them; one text gives lists of one entry.
             prompt_name: As `encode`.
             prompt: As `encode`.
+            show_progress_bar: As `encode`.
 
         Raises:
             TypeError, ValueError: As `encode`.
         """
-        texts = [inputs] if isinstance(inputs, str) else _as_list(inputs)
-        check_texts(texts)
-        prefix = self._prefix(prompt_name, prompt)
-        batch_tokens = self._check_batching(None, None)
+        texts = _as_list(inputs)
+        plan = self._plan(prompt_name, prompt)
         config = self.model.config
+        pieces: list[list[str]] = []
+        experts: list[npt.NDArray[np.int64]] = []
+        weights: list[npt.NDArray[np.float32]] = []
+        with pipeline.progress(show_progress_bar, len(texts)) as bar:
+            for tokens in pipeline.tokenized(self.tokenizer, texts, plan):
+                first = len(pieces)
+                pieces += [self.tokenizer.pieces(ids) for ids in tokens.ids]
+                experts += [np.empty(0, np.int64)] * len(tokens.ids)
+                weights += [np.empty(0, np.float32)] * len(tokens.ids)
+                for batch in pipeline.forward(self.model, tokens, plan, bar, routing=True):
+                    assert batch.output.router_experts is not None
+                    assert batch.output.router_weights is not None
+                    experts_TMK = torch.stack(batch.output.router_experts, dim=1).cpu()
+                    weights_TMK = torch.stack(batch.output.router_weights, dim=1).cpu()
+                    for position, of_text, by_text in zip(
+                        batch.positions,
+                        experts_TMK.split(batch.lengths),
+                        weights_TMK.split(batch.lengths),
+                        strict=True,
+                    ):
+                        experts[first + position] = of_text.clone().numpy()
+                        weights[first + position] = by_text.clone().numpy()
         counts = np.zeros((len(config.moe_layers), config.num_experts), dtype=np.int64)
-        tokens_of: list[list[str]] = []
-        experts_of: list[npt.NDArray[np.int64]] = []
-        weights_of: list[npt.NDArray[np.float32]] = []
-        for tokens in self._tokenized(texts, prefix, batch_tokens, "warn"):
-            experts: dict[int, npt.NDArray[np.int64]] = {}
-            weights: dict[int, npt.NDArray[np.float32]] = {}
-            lengths = [len(ids) for ids in tokens.ids]
-            for positions in make_batches(lengths, batch_tokens, None):
-                batch_lengths = [lengths[position] for position in positions]
-                with torch.no_grad():
-                    output = self.model.forward_packed(
-                        self._ids(tokens, positions), batch_lengths, output_routing=True
-                    )
-                assert output.router_experts is not None
-                assert output.router_weights is not None
-                experts_TMK = torch.stack(output.router_experts, dim=1).cpu()
-                weights_TMK = torch.stack(output.router_weights, dim=1).cpu()
-                for layer in range(len(counts)):
-                    counts[layer] += np.bincount(
-                        experts_TMK[:, layer].flatten().numpy(), minlength=config.num_experts
-                    )
-                for position, e, w in zip(
-                    positions,
-                    experts_TMK.split(batch_lengths),
-                    weights_TMK.split(batch_lengths),
-                    strict=True,
-                ):
-                    experts[position], weights[position] = e.numpy().copy(), w.numpy().copy()
-            for position, ids in enumerate(tokens.ids):
-                tokens_of.append(self.tokenizer.pieces(ids))
-                experts_of.append(experts[position])
-                weights_of.append(weights[position])
-        return Routes(tokens_of, experts_of, weights_of, counts, config.moe_layers)
+        for one in experts:
+            for layer, count in enumerate(counts):
+                count += np.bincount(one[:, layer].ravel(), minlength=config.num_experts)
+        return Routes(pieces, experts, weights, counts, config.moe_layers)
 
     def similarity(self, embeddings1: Any, embeddings2: Any) -> Tensor:
-        """Cosine similarity of all pairs.
-
-        Args:
-            embeddings1: (n, d) or (d,), array or tensor, any dtype.
-            embeddings2: (m, d) or (d,).
-
-        Returns:
-            (n, m), float32; a single vector counts as one row.
-
-        Raises:
-            ValueError: Other shapes.
-        """
-        first, second = _unit_rows(embeddings1, embeddings2)
-        return first @ second.T
+        """Cosine similarity of all pairs, (n, m) float32; see `nomoe.similarity.cosine`."""
+        return similarity.cosine(embeddings1, embeddings2)
 
     def similarity_pairwise(self, embeddings1: Any, embeddings2: Any) -> Tensor:
-        """Cosine similarity of row i of the one with row i of the other.
-
-        Args:
-            embeddings1: (n, d) or (d,), array or tensor, any dtype.
-            embeddings2: As many rows.
-
-        Returns:
-            (n,), float32.
-
-        Raises:
-            ValueError: Other shapes.
-        """
-        first, second = _unit_rows(embeddings1, embeddings2)
-        if len(first) != len(second):
-            raise ValueError(f"{len(first)} rows cannot be paired with {len(second)}")
-        return (first * second).sum(dim=1)
+        """Cosine similarity row by row, (n,) float32; see `nomoe.similarity.cosine_pairwise`."""
+        return similarity.cosine_pairwise(embeddings1, embeddings2)
 
     def _with_prompt(self, name: str, options: dict[str, Any]) -> dict[str, Any]:
         if options.get("prompt") is None and options.get("prompt_name") is None:
             return options | {"prompt_name": name}
         return options
 
-    def _prefix(self, prompt_name: str | None, prompt: str | None) -> str | None:
-        """Return the prompt to use, or None where the caller named none."""
+    def _prefix(self, prompt_name: str | None, prompt: str | None) -> str:
         if prompt is not None:
             if not isinstance(prompt, str):
                 raise TypeError(f"prompt is {type(prompt).__name__}, expected str")
@@ -444,12 +410,30 @@ class Encoder:
             return prompt
         name = self.default_prompt_name if prompt_name is None else prompt_name
         if name is None:
-            return None
+            return ""
         if name not in self.prompts:
             raise ValueError(
                 f"no prompt is named {name!r}; known: {', '.join(sorted(self.prompts))}"
             )
         return self.prompts[name]
+
+    def _noting_missing_prompt(self, texts: Iterable[str]) -> Iterator[str]:
+        """Pass texts through; log once per encoder if one carries none of the trained prefixes."""
+        known = tuple(prompt for prompt in self.prompts.values() if prompt)
+        for text in texts:
+            if (
+                not self._noted_missing_prompt
+                and self.default_prompt_name is None
+                and isinstance(text, str)
+                and not text.startswith(known)
+            ):
+                self._noted_missing_prompt = True
+                logger.warning(
+                    "texts are embedded without a prompt, and the model was trained with one on "
+                    "every text: use encode_query or encode_document, or prompt_name= one of %s",
+                    ", ".join(sorted(self.prompts)),
+                )
+            yield text
 
     def _check_dim(self, dim: int | None) -> int | None:
         most = self.model.config.n_embd
@@ -459,160 +443,55 @@ class Encoder:
             raise ValueError(f"truncate_dim is {dim!r}, expected 1 to {most}")
         return dim
 
-    def _check_batching(self, batch_size: int | None, batch_tokens: int | None) -> int:
+    def _plan(
+        self,
+        prompt_name: str | None,
+        prompt: str | None,
+        *,
+        truncate_dim: int | None = None,
+        normalize: bool = True,
+        precision: Precision = "float32",
+        ranges: npt.ArrayLike | None = None,
+        batch_tokens: int | None = None,
+        batch_size: int | None = None,
+        on_too_long: OnTooLong = "warn",
+    ) -> Plan:
+        """Check a call's settings before anything is computed."""
+        prefix = self._prefix(prompt_name, prompt)
+        dim = self._check_dim(truncate_dim) or self.get_embedding_dimension()
+        check_precision(precision, dim, ranges)
         for name, value in (("batch_size", batch_size), ("batch_tokens", batch_tokens)):
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name} is {value!r}, expected at least 1")
-        return batch_tokens or _BATCH_TOKENS.get(self.device.type, _BATCH_TOKENS["cpu"])
-
-    def _tokenized(
-        self, texts: Iterable[str], prefix: str | None, batch_tokens: int, on_too_long: OnTooLong
-    ) -> Iterator[Tokens]:
-        """Yield windows of tokenised texts, warning or refusing as asked."""
-        limit = self.max_seq_length
-        known = tuple(sorted({prompt for prompt in self.prompts.values() if prompt}))
-        seen = cut = 0
-
-        def tokenize(window: list[str]) -> Tokens:
-            if prefix is None:
-                self._warn_of_prefix(window, known)
-                return self.tokenizer(window, limit)
-            return self.tokenizer([prefix + text for text in window], limit)
-
-        def checked() -> Iterator[Tokens]:
-            nonlocal seen, cut
-            for tokens in tokenize_ahead(windows(texts, batch_tokens), tokenize):
-                if tokens.cut and on_too_long == "error":
-                    position, length = tokens.cut[0]
-                    raise ValueError(
-                        f"text {seen + position} has {length} tokens with its prompt, more than "
-                        f"max_seq_length={limit}"
-                    )
-                seen += len(tokens.ids)
-                cut += len(tokens.cut)
-                yield tokens
-
-        # to refuse before any compute, everything has to be tokenised first
-        refuse_first = on_too_long == "error" and isinstance(texts, list)
-        try:
-            yield from list(checked()) if refuse_first else checked()
-        finally:
-            if cut:
-                logger.warning(
-                    "%d of %d texts were longer than max_seq_length=%d tokens and were cut",
-                    cut,
-                    seen,
-                    limit,
-                )
-
-    def _warn_of_prefix(self, window: list[str], known: tuple[str, ...]) -> None:
-        if not self._warned_of_prefix and not all(text.startswith(known) for text in window):
-            self._warned_of_prefix = True
-            logger.warning(
-                "texts are embedded without a prompt, and the model was trained with one on every "
-                "text: use encode_query or encode_document, or prompt_name= one of %s",
-                ", ".join(sorted(self.prompts)),
-            )
-
-    def _ids(self, tokens: Tokens, positions: list[int]) -> Tensor:
-        ids = list(chain.from_iterable(tokens.ids[position] for position in positions))
-        return torch.tensor(ids, dtype=torch.int64).to(self.device)
-
-    def _forward(
-        self, tokens: Tokens, batch_tokens: int, batch_size: int | None, bar: tqdm[Any]
-    ) -> Iterator[_Batch]:
-        lengths = [len(ids) for ids in tokens.ids]
-        for positions in make_batches(lengths, batch_tokens, batch_size):
-            batch_lengths = [lengths[position] for position in positions]
-            with torch.no_grad():
-                hidden_TD = self.model.forward_packed(
-                    self._ids(tokens, positions), batch_lengths
-                ).last_hidden_state
-                pooled_BD = self.model.backend.ops.mean_pool(hidden_TD, batch_lengths)
-            yield _Batch(positions, batch_lengths, hidden_TD, pooled_BD)
-            bar.update(len(positions))
-
-    def _finish(self, pooled_BD: Tensor, dim: int, normalize: bool) -> Tensor:
-        """Truncate and normalise, (B, dim)."""
-        if not normalize and self._normalizes:
-            pooled_BD = F.normalize(pooled_BD, dim=1)
-        vectors = pooled_BD[:, :dim]
-        return F.normalize(vectors, dim=1) if normalize else vectors
-
-    def _vectors(
-        self,
-        tokens: Tokens,
-        batch_tokens: int,
-        batch_size: int | None,
-        bar: tqdm[Any],
-        dim: int,
-        normalize: bool,
-    ) -> Tensor:
-        """Embed a window; (m, dim) float32 on the model's device, in the window's order."""
-        vectors = torch.empty(len(tokens.ids), dim, device=self.device)
-        for batch in self._forward(tokens, batch_tokens, batch_size, bar):
-            vectors[batch.positions] = self._finish(batch.pooled_BD, dim, normalize)
-        return vectors
-
-    def _rows(
-        self,
-        tokens: Tokens,
-        batches: Iterator[_Batch],
-        dim: int,
-        normalize: bool,
-        output_value: Literal["token_embeddings"] | None,
-    ) -> list[Any]:
-        """Embed a window token by token: an entry per text, in the window's order."""
-        rows: list[Any] = [None] * len(tokens.ids)
-        for batch in batches:
-            vectors = self._finish(batch.pooled_BD, dim, normalize)
-            parts = batch.hidden_TD.float().split(batch.lengths)
-            for position, part, vector in zip(batch.positions, parts, vectors, strict=True):
-                if output_value == "token_embeddings":
-                    # a copy, or keeping one text would keep its whole batch
-                    rows[position] = part.clone()
-                    continue
-                ids = torch.tensor(tokens.ids[position])
-                rows[position] = {
-                    "input_ids": ids,
-                    "attention_mask": torch.ones_like(ids),
-                    "token_embeddings": part.clone(),
-                    "sentence_embedding": vector.clone(),
-                }
-        return rows
-
-
-def _as_list(inputs: Sequence[str]) -> list[str]:
-    """Accept any sequence of texts; refuse what has no order or no length."""
-    if isinstance(inputs, bytes | bytearray):
-        raise TypeError(f"inputs is {type(inputs).__name__}, expected str or a sequence of str")
-    if not (hasattr(inputs, "__len__") and hasattr(inputs, "__getitem__")) or isinstance(
-        inputs, dict
-    ):
-        raise TypeError(
-            f"inputs is {type(inputs).__name__}, expected str or a sequence of str; stream() takes "
-            "any iterable"
+        if on_too_long not in ("warn", "error"):
+            raise ValueError(f"on_too_long is {on_too_long!r}, expected 'warn' or 'error'")
+        return Plan(
+            prefix=prefix,
+            max_length=self.max_seq_length,
+            refuse_long=on_too_long == "error",
+            batch_tokens=batch_tokens or _BATCH_TOKENS.get(self.device.type, _BATCH_TOKENS["cpu"]),
+            batch_size=batch_size,
+            dim=dim,
+            normalize_before=self._normalizes and not normalize,
+            normalize_after=normalize,
         )
-    return list(inputs)
 
 
-def _unit_rows(embeddings1: Any, embeddings2: Any) -> tuple[Tensor, Tensor]:
-    rows = []
-    for given in (embeddings1, embeddings2):
-        tensor = torch.as_tensor(given).float()
-        if tensor.dim() == 1:
-            tensor = tensor[None]
-        if tensor.dim() != 2:
-            raise ValueError(f"embeddings are {tuple(tensor.shape)}, expected (d,) or (n, d)")
-        rows.append(F.normalize(tensor, dim=1))
-    first, second = rows
-    if first.shape[1] != second.shape[1]:
-        raise ValueError(f"embeddings have {first.shape[1]} and {second.shape[1]} features")
-    return first, second.to(first.device)
+def _as_list(inputs: str | Sequence[str]) -> list[str]:
+    """Make a checked list of one text or any sequence of texts.
 
-
-def _progress(show: bool | None, total: int | None) -> tqdm[Any]:
-    # None: tqdm itself keeps silent where stderr is no terminal
-    disable = None if show is None else not show
-    delay = _BAR_DELAY_S if show is None else 0
-    return tqdm(total=total, unit=" texts", desc="embedding", disable=disable, delay=delay)
+    Raises:
+        TypeError: Not a sequence (a set has no order, a generator no length), or not of texts.
+        ValueError: A text is not valid Unicode.
+    """
+    if isinstance(inputs, str):
+        inputs = [inputs]
+    sequence = hasattr(inputs, "__len__") and hasattr(inputs, "__getitem__")
+    if not sequence or isinstance(inputs, bytes | bytearray | Mapping):
+        raise TypeError(
+            f"inputs is {type(inputs).__name__}, expected a str or a sequence of str; stream() "
+            "takes any iterable of str"
+        )
+    texts = list(inputs)
+    check_texts(texts)
+    return texts

@@ -28,8 +28,8 @@ class Row(NamedTuple):
 def read_rows(path: Path, column: str) -> Iterator[Row]:
     """Read texts one at a time.
 
-    A .txt file holds one text a line; every line counts, empty ones too, so that row i of the output
-    is line i. A .jsonl file holds one object a line.
+    A .txt file holds one text a line; every line counts, empty ones too, so that row i of the
+    output is line i. A .jsonl file holds one object a line.
 
     Args:
         path: .txt or .jsonl, UTF-8.

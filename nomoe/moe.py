@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Literal, NamedTuple, Protocol
 
 import torch
-from nomoe_kernels import reference
 from torch import Tensor, nn
+
+from nomoe_kernels import reference
 
 from .config import NomicMoEConfig
 

@@ -44,7 +44,8 @@ def quantize(
     int8 maps [-4/sqrt(d), 4/sqrt(d)], four standard deviations of a random unit vector's feature,
     linearly to [-127, 127], rounds to nearest and clips, so zero stays zero and dot products keep
     their order. The range is fixed: a text quantises alike alone and among a million. uint8 is the
-    same plus 128. binary and ubinary keep the signs, 8 to a byte, first feature highest.
+    same plus 128. With `ranges` both give sentence-transformers' codes for those ranges. binary and
+    ubinary keep the signs, 8 to a byte, first feature highest.
 
     Args:
         vectors: (n, d), unit norm.
@@ -64,11 +65,9 @@ def quantize(
         signed: npt.NDArray[np.int8] = (packed.astype(np.int16) - 128).astype(np.int8)
         return signed
     if ranges is None:
-        centre, half = np.float32(0), np.float32(4 / np.sqrt(max(vectors.shape[1], 1)))
-    else:
-        low, high = np.asarray(ranges, dtype=np.float32)
-        centre, half = (low + high) / 2, (high - low) / 2
-    scaled = np.clip(np.rint((vectors - centre) / half * 127), -127, 127)
-    if precision == "int8":
-        return np.asarray(scaled, dtype=np.int8)
-    return np.asarray(scaled + 128, dtype=np.uint8)
+        limit = np.float32(4 / np.sqrt(max(vectors.shape[1], 1)))
+        codes = np.clip(np.rint(vectors / limit * 127), -127, 127)
+        return np.asarray(codes if precision == "int8" else codes + 128, dtype=precision)
+    low, high = np.asarray(ranges, dtype=np.float32)
+    codes = np.clip(np.floor((vectors - low) / ((high - low) / 255)), 0, 255)
+    return np.asarray(codes - 128 if precision == "int8" else codes, dtype=precision)

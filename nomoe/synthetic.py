@@ -135,19 +135,22 @@ def _scale(name: str, shape: tuple[int, ...], config: NomicMoEConfig) -> float:
 def _build_tokenizer() -> tokenizers.Tokenizer:
     """Build a small Unigram tokenizer from the shipped sentences, without a normaliser."""
     counts: Counter[str] = Counter()
+    words = set()
     prompts = set(TRAINED_PROMPTS.values())
     for text in [*prompts, *(one for group in data.sentences().values() for one in group)]:
         for word in text.split():
             marked = "▁" + word
+            words.add(marked)
             # every substring of up to six characters, and the whole word
             pieces = {marked[i:j] for i in range(len(marked)) for j in range(i + 1, i + 7)}
             counts.update(pieces | {marked})
     counts.update(chr(code) for code in range(33, 127))
     counts.update("▁")
     characters = sorted(piece for piece in counts if len(piece) == 1)
+    # whole words first, as a trained vocabulary of this language mix would have them
     longer = sorted(
         (piece for piece in counts if len(piece) > 1),
-        key=lambda piece: (-counts[piece] * len(piece), piece),
+        key=lambda piece: (piece not in words, -counts[piece] * len(piece), piece),
     )
     chosen = characters + longer[: _PIECES - len(characters)]
     total = sum(counts[piece] for piece in chosen)

@@ -1,0 +1,62 @@
+"""Cosine similarity of vectors, whatever they are held in."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def cosine(embeddings1: Any, embeddings2: Any) -> Tensor:
+    """Cosine similarity of all pairs.
+
+    Args:
+        embeddings1: (n, d) or (d,), array or tensor, any dtype.
+        embeddings2: (m, d) or (d,).
+
+    Returns:
+        (n, m), float32; a single vector counts as one row.
+
+    Raises:
+        ValueError: Other shapes.
+    """
+    first, second = _unit_rows(embeddings1, embeddings2)
+    return first @ second.T
+
+
+def cosine_pairwise(embeddings1: Any, embeddings2: Any) -> Tensor:
+    """Cosine similarity of row i of the one with row i of the other.
+
+    Args:
+        embeddings1: (n, d) or (d,), array or tensor, any dtype.
+        embeddings2: As many rows.
+
+    Returns:
+        (n,), float32.
+
+    Raises:
+        ValueError: Other shapes.
+    """
+    first, second = _unit_rows(embeddings1, embeddings2)
+    if len(first) != len(second):
+        raise ValueError(f"{len(first)} rows cannot be paired with {len(second)}")
+    return (first * second).sum(dim=1)
+
+
+def _unit_rows(embeddings1: Any, embeddings2: Any) -> tuple[Tensor, Tensor]:
+    rows = []
+    for given in (embeddings1, embeddings2):
+        if isinstance(given, list) and given and isinstance(given[0], Tensor):
+            given = torch.stack(given)
+        tensor = torch.as_tensor(given).float()
+        if tensor.dim() == 1:
+            tensor = tensor[None]
+        if tensor.dim() != 2:
+            raise ValueError(f"embeddings are {tuple(tensor.shape)}, expected (d,) or (n, d)")
+        rows.append(F.normalize(tensor, dim=1))
+    first, second = rows
+    if first.shape[1] != second.shape[1]:
+        raise ValueError(f"embeddings have {first.shape[1]} and {second.shape[1]} features")
+    return first, second.to(first.device)

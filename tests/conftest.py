@@ -1,0 +1,48 @@
+"""Fixtures that several test files share."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+
+from nomoe import Encoder, NomicMoEModel, synthetic
+from nomoe.verify import full_width_model
+
+# the models here are tiny: threads gain nothing, and on a busy machine they wait for each other
+torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    no_gpu = pytest.mark.skip(reason="needs a CUDA device")
+    no_hub = pytest.mark.skip(reason="downloads 1.9 GB; run with -m hub")
+    for item in items:
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(no_gpu)
+        if "hub" in item.keywords and "hub" not in config.option.markexpr:
+            item.add_marker(no_hub)
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A synthetic checkpoint: twelve layers, width 96. Tests must not write into it."""
+    return synthetic.write_checkpoint(tmp_path_factory.mktemp("synthetic") / "tiny")
+
+
+@pytest.fixture
+def encoder(tiny_folder: Path) -> Encoder:
+    return Encoder.from_pretrained(tiny_folder, device="cpu")
+
+
+@pytest.fixture(scope="session")
+def full_width() -> NomicMoEModel:
+    """The golden data's model at the real sizes, float32: 1.1 GB, drawn once."""
+    return full_width_model()
+
+
+@pytest.fixture
+def warnings_of_nomoe(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
+    caplog.set_level(logging.WARNING, logger="nomoe")
+    return caplog

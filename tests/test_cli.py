@@ -1,0 +1,248 @@
+"""The command line, mostly in this process; what only a process can show in one of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from nomoe import Encoder, cli, data, files
+
+ROOT = Path(__file__).parent.parent
+LINES = ["The tide turns twice a day.", "", "潮水每天涨落两次。", "a\rb", " spaces "]
+
+
+def run(*arguments: object) -> int:
+    return cli.main([str(one) for one in arguments])
+
+
+@pytest.fixture
+def text_file(tmp_path: Path) -> Path:
+    path = tmp_path / "texts.txt"
+    path.write_text("\n".join(LINES) + "\n", encoding="utf-8", newline="")
+    return path
+
+
+def left_over(folder: Path) -> list[str]:
+    return [path.name for path in folder.iterdir() if path.name.startswith(".")]
+
+
+def test_help_is_quick_and_needs_no_torch() -> None:
+    code = (
+        "import sys; sys.path[:0] = ['.', 'kernels']\n"
+        "from nomoe.cli import main\n"
+        "try: main(['embed', '--help'])\n"
+        "except SystemExit: pass\n"
+        "assert 'torch' not in sys.modules and 'numpy' not in sys.modules"
+    )
+    started = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    seconds = time.perf_counter() - started
+    assert done.returncode == 0, done.stderr
+    assert "--overwrite" in done.stdout
+    assert seconds < 0.5
+
+
+def test_embed_text_to_npy(text_file: Path, tiny_folder: Path, encoder: Encoder) -> None:
+    out = text_file.with_name("vectors.npy")
+    assert run("embed", text_file, "-o", out, "--model", tiny_folder) == 0
+    vectors = np.load(out)
+    assert vectors.dtype == np.float32
+    np.testing.assert_allclose(vectors, encoder.encode_document(LINES), atol=2e-6)
+    assert left_over(out.parent) == []
+    mask = os.umask(0)
+    os.umask(mask)
+    assert stat.S_IMODE(out.stat().st_mode) == 0o666 & ~mask
+
+
+def test_embed_options(text_file: Path, tiny_folder: Path, encoder: Encoder) -> None:
+    out = text_file.with_name("vectors.npy")
+    base = ("embed", text_file, "-o", out, "--overwrite", "--model", tiny_folder)
+    assert run(*base, "--prompt", "query", "--dim", 32) == 0
+    expected = encoder.encode_query(LINES, truncate_dim=32)
+    np.testing.assert_allclose(np.load(out), expected, atol=2e-6)
+    assert run(*base, "--prompt", "", "--precision", "int8") == 0
+    expected = encoder.encode(LINES, prompt="", precision="int8")
+    assert np.load(out).dtype == np.int8
+    assert np.abs(np.load(out).astype(int) - expected).max() <= 1
+    assert run(*base, "--precision", "ubinary") == 0
+    assert np.load(out).shape == (5, 12)
+
+
+def test_embed_jsonl_keeps_columns(tmp_path: Path, tiny_folder: Path, encoder: Encoder) -> None:
+    source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    rows = [{"id": i, "body": text, "tags": ["é", None]} for i, text in enumerate(LINES)]
+    source.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
+    assert run("embed", source, "-o", out, "--column", "body", "--model", tiny_folder) == 0
+    written = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+    vectors = np.array([row.pop("embedding") for row in written], dtype=np.float32)
+    assert written == rows
+    np.testing.assert_allclose(vectors, encoder.encode_document(LINES), atol=2e-6)
+
+
+def test_json_numbers_read_back_exactly(tmp_path: Path) -> None:
+    vectors = np.random.default_rng(0).standard_normal((3, 5)).astype(np.float32)
+    with files.atomic_output(tmp_path / "out.jsonl") as file:
+        files.write_jsonl(
+            file, iter([files.Row("a", {"id": i}) for i in range(3)]), iter([vectors])
+        )
+    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert np.array_equal(np.array([row["embedding"] for row in rows], np.float32), vectors)
+
+
+def test_npy_of_many_parts(tmp_path: Path) -> None:
+    parts = [np.full((n, 3), n, np.float32) for n in (0, 1, 1000, 99_999)]
+    with files.atomic_output(tmp_path / "out.npy") as file:
+        assert files.write_npy(file, iter(parts), 3, np.float32) == 101_000
+    assert np.array_equal(np.load(tmp_path / "out.npy"), np.concatenate(parts))
+
+
+def test_an_empty_file_gives_no_rows(tmp_path: Path, tiny_folder: Path) -> None:
+    (tmp_path / "in.txt").write_text("")
+    assert run("embed", tmp_path / "in.txt", "-o", tmp_path / "o.npy", "--model", tiny_folder) == 0
+    assert np.load(tmp_path / "o.npy").shape == (0, 96)
+
+
+def test_carriage_returns_and_byte_order_mark(tmp_path: Path) -> None:
+    (tmp_path / "in.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo\r\n\r\nfour")
+    texts = [row.text for row in files.read_rows(tmp_path / "in.txt", "text")]
+    assert texts == ["one", "two", "", "four"]
+
+
+BAD_INPUT = {
+    "not utf-8": ("in.txt", b"fine\n\xff\xfe\n", "not UTF-8"),
+    "not json": ("in.jsonl", b'{"text": "a"}\n{"text": \n', "line 2: not JSON"),
+    "blank line": ("in.jsonl", b'{"text": "a"}\n\n{"text": "b"}\n', "line 2: not JSON"),
+    "no column": (
+        "in.jsonl",
+        b'{"text": "a"}\n{"body": "b"}\n',
+        "line 2: no text in column 'text'",
+    ),
+    "null": ("in.jsonl", b'{"text": null}\n', "line 1: no text"),
+    "not an object": ("in.jsonl", b'"a"\n', "line 1: no text"),
+    "taken": ("in.jsonl", b'{"text": "a", "embedding": 1}\n', "already has 'embedding'"),
+    "surrogate": ("in.jsonl", b'{"text": "\\ud800"}\n', "text 0 holds a lone surrogate"),
+    "suffix": ("in.csv", b"text\na\n", "suffix '.csv', expected .txt or .jsonl"),
+}
+
+
+@pytest.mark.parametrize("case", list(BAD_INPUT))
+def test_bad_input_is_refused_before_the_model_is_read(
+    tmp_path: Path, case: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name, content, message = BAD_INPUT[case]
+    (tmp_path / name).write_bytes(content)
+    assert run("embed", tmp_path / name, "-o", tmp_path / "out.npy", "--model", "absent/") == 2
+    error = capsys.readouterr().err
+    assert error.startswith("nomoe: error: ")
+    assert error.count("\n") == 1
+    assert message in error
+    assert os.listdir(tmp_path) == [name]
+
+
+def test_outputs_that_cannot_be(
+    text_file: Path, tiny_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = text_file.parent
+    out = folder / "vectors.npy"
+    out.write_bytes(b"precious")
+    base = ("embed", text_file, "--model", tiny_folder, "-o")
+    for target, message in (
+        (out, "exists; --overwrite replaces it"),
+        (folder / "vectors.csv", "expected .npy or .jsonl"),
+        (folder / "absent" / "vectors.npy", "absent"),
+        (folder, "expected .npy or .jsonl"),
+    ):
+        assert run(*base, target) == 2
+        assert message in capsys.readouterr().err
+    assert out.read_bytes() == b"precious"
+    assert run("embed", folder / "none.txt", "-o", folder / "o.npy") == 2
+    assert "none.txt" in capsys.readouterr().err
+
+
+def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
+    out = tmp_path / "out.npy"
+    out.write_bytes(b"precious")
+
+    def parts():  # type: ignore[no-untyped-def]
+        yield np.zeros((4, 3), np.float32)
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"), files.atomic_output(out) as file:
+        files.write_npy(file, parts(), 3, np.float32)
+    assert out.read_bytes() == b"precious"
+    assert os.listdir(tmp_path) == ["out.npy"]
+
+
+def test_an_interrupt_leaves_nothing(
+    text_file: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("nomoe.model.NomicMoEModel.forward_packed", interrupted)
+    out = text_file.with_name("o.npy")
+    assert run("embed", text_file, "-o", out, "--model", tiny_folder) == 130
+    assert os.listdir(text_file.parent) == [text_file.name]
+
+
+def test_route(text_file: Path, tiny_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("route", text_file, "--model", tiny_folder) == 0
+    printed = capsys.readouterr().out
+    assert "expert use, 5 texts" in printed
+    assert "weight sum" in printed
+    picture = text_file.with_name("texts.txt.routes.png")
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    svg = text_file.with_name("use.svg")
+    assert run("route", text_file, "--model", tiny_folder, "-o", svg) == 0
+    assert b"<svg" in svg.read_bytes()
+
+
+def test_demo(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert run("demo", "--folder", tmp_path / "model") == 0
+    printed = capsys.readouterr().out
+    assert "100 sentences in 20 languages -> float32 (100, 96)" in printed
+    assert "RANDOM" in printed
+    assert "weights are random" in printed
+    assert (tmp_path / "model" / "model.safetensors").exists()
+    assert run("demo", "--folder", tmp_path / "model") == 2
+    assert "already holds a checkpoint" in capsys.readouterr().err
+
+
+def test_info(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("info", "--device", "cpu") == 0
+    printed = capsys.readouterr().out
+    for word in ("torch", "triton", "device", "backend", "published weights"):
+        assert word in printed
+
+
+def test_a_bug_shows_its_traceback(
+    tiny_folder: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise KeyError("bug")
+
+    monkeypatch.setattr("nomoe.model.NomicMoEModel.forward_packed", broken)
+    with pytest.raises(KeyError):
+        run("embed", text_file, "-o", text_file.with_name("o.npy"), "--model", tiny_folder)
+    with pytest.raises(FileNotFoundError):
+        run("--traceback", "embed", "none.txt", "-o", text_file.with_name("o.npy"))
+
+
+def test_shipped_sentences_cover_ten_scripts() -> None:
+    import unicodedata
+
+    scripts = {
+        unicodedata.name(character).split()[0]
+        for group in data.sentences().values()
+        for character in group[0]
+        if character.isalpha()
+    }
+    assert len(scripts) >= 10

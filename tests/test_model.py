@@ -1,0 +1,305 @@
+"""The model against an independent float64 oracle, its two doors, and what it refuses."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from nomoe import NomicMoEConfig, NomicMoEModel, data
+from nomoe.model import resolve_device, resolve_dtype
+from nomoe.moe import select_backend
+from nomoe.synthetic import random_model
+from tests import oracle
+
+BASE: dict[str, Any] = {
+    "n_embd": 48,
+    "n_head": 4,
+    "n_inner": 80,
+    "n_layer": 4,
+    "vocab_size": 100,
+    "n_positions": 64,
+}
+
+
+def config_of(**changes: Any) -> NomicMoEConfig:
+    return NomicMoEConfig.from_dict(data.real_config() | BASE | changes)
+
+
+def batch_of(lengths: list[int], vocabulary: int = 100) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(0)
+    return [
+        torch.randint(0, vocabulary, (length,), generator=generator).tolist() for length in lengths
+    ]
+
+
+def packed(texts: list[list[int]]) -> tuple[Tensor, list[int]]:
+    return torch.tensor([one for text in texts for one in text]), [len(text) for text in texts]
+
+
+def padded(texts: list[list[int]], side: str = "right") -> tuple[Tensor, Tensor]:
+    longest = max(len(text) for text in texts)
+    ids, mask = [], []
+    for text in texts:
+        fill = longest - len(text)
+        row, real = ([1] * fill, [0] * fill) if fill else ([], [])
+        ids.append(text + row if side == "right" else row + text)
+        ones = [1] * len(text)
+        mask.append(ones + real if side == "right" else real + ones)
+    return torch.tensor(ids), torch.tensor(mask)
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "published": {},
+    "top 1": {"moe_top_k": 1},
+    "top 3 of 5": {"moe_top_k": 3, "num_experts": 5},
+    "all experts": {"moe_top_k": 4, "num_experts": 4},
+    "renormalised": {"moe_normalize_expert_weights": True},
+    "every third layer": {"moe_every_n_layers": 3, "n_layer": 5},
+    "rotary base": {"rotary_emb_base": 1000},
+    "eps": {"layer_norm_epsilon": 1e-2},
+    "one head": {"n_head": 1},
+    "default width": {"n_inner": None},
+    "odd width": {"n_inner": 33},
+}
+
+
+@pytest.mark.parametrize("variant", list(VARIANTS))
+@torch.no_grad()
+def test_against_the_oracle(variant: str) -> None:
+    config = config_of(**VARIANTS[variant])
+    model = random_model(config, seed=3)
+    state = model.state_dict()
+    # ids 0 to 3 are special; <pad> (1) as a real token, a repeat, and neighbours of equal length
+    texts = [[0, 1, 1, 2], *batch_of([1, 9, 9, 23])]
+    ids_T, lengths = packed(texts)
+    output = model.forward_packed(ids_T, lengths, output_hidden_states=True, output_routing=True)
+    answers = [oracle.encode(config, state, text) for text in texts]
+
+    assert output.hidden_states is not None
+    assert output.router_experts is not None
+    assert output.router_weights is not None
+    for layer, hidden_TD in enumerate(output.hidden_states):
+        expected = torch.cat([answer.hidden[layer] for answer in answers])
+        assert (hidden_TD.double() - expected).abs().max() < 1e-5, layer
+    for layer, experts_TK in enumerate(output.router_experts):
+        expected = torch.cat([answer.probabilities[layer] for answer in answers])
+        assert torch.equal(experts_TK, expected.topk(config.moe_top_k).indices)
+        chosen = expected.gather(1, experts_TK)
+        if config.moe_normalize_expert_weights:
+            chosen = chosen / chosen.sum(1, keepdim=True)
+        assert (output.router_weights[layer].double() - chosen).abs().max() < 1e-6
+    assert len(output.router_experts) == len(config.moe_layers)
+
+
+def test_gradients_against_the_oracle() -> None:
+    config = config_of()
+    model = random_model(config, seed=5)
+    texts = batch_of([7, 12])
+    weights = torch.randn(19, config.n_embd, generator=torch.Generator().manual_seed(1))
+    ids_T, lengths = packed(texts)
+    (model.forward_packed(ids_T, lengths).last_hidden_state * weights).sum().backward()
+
+    state = {name: one.detach().double().requires_grad_() for name, one in model.named_parameters()}
+    hidden = torch.cat([oracle.encode(config, state, text).hidden[-1] for text in texts])
+    (hidden * weights.double()).sum().backward()
+    for name, parameter in model.named_parameters():
+        expected = state[name].grad
+        assert parameter.grad is not None, name
+        assert expected is not None
+        scale = expected.abs().max().clamp(min=1e-3)
+        assert (parameter.grad.double() - expected).abs().max() / scale < 1e-4, name
+
+
+def test_gradients_flow_through_the_padded_door() -> None:
+    model = random_model(config_of(), seed=5)
+    ids, mask = padded(batch_of([7, 12]))
+    model(ids, mask)[0].square().sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@torch.no_grad()
+def test_padding_changes_nothing(side: str) -> None:
+    model = random_model(config_of(), seed=0)
+    texts = batch_of([5, 17, 1, 17])
+    ids, mask = padded(texts, side)
+    output = model(ids, mask, output_hidden_states=True, output_routing=True)
+    plain = model.forward_packed(*packed(texts), output_hidden_states=True, output_routing=True)
+    real = mask.bool()
+    for ours, expected in zip(output.hidden_states, plain.hidden_states, strict=True):
+        assert ours.shape == (*ids.shape, 48)
+        assert (ours[real] - expected).abs().max() < 1e-5
+        assert (ours[~real] == 0).all()
+    for ours, expected in zip(output.router_experts, plain.router_experts, strict=True):
+        assert torch.equal(ours, expected)
+    assert output[0] is output.last_hidden_state
+    assert output.last_hidden_state is not None
+    # the filler's value is never seen
+    other = ids.masked_fill(~real, 99)
+    assert torch.equal(model(other, mask)[0], output[0])
+
+
+@torch.no_grad()
+def test_a_gap_in_the_mask_keeps_its_distance() -> None:
+    model = random_model(config_of(), seed=0)
+    (text,) = batch_of([9])
+    mask = torch.ones(1, 9, dtype=torch.int64)
+    mask[0, 4] = 0
+    with_gap = model(torch.tensor([text]), mask)[0][0, mask[0].bool()]
+    closed = model.forward_packed(torch.tensor(text[:4] + text[5:]), [8])[0]
+    assert (with_gap - closed).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_without_mask_and_with_empty_rows() -> None:
+    model = random_model(config_of(), seed=0)
+    ids = torch.tensor(batch_of([6, 6]))
+    assert torch.equal(model(ids)[0], model(ids, torch.ones_like(ids))[0])
+    mask = torch.ones_like(ids)
+    mask[0] = 0
+    output = model(ids, mask)[0]
+    assert (output[0] == 0).all()
+    assert (output[1] - model(ids)[0][1]).abs().max() < 1e-6
+    assert model(ids, torch.zeros_like(ids))[0].abs().sum() == 0
+    assert model(torch.empty(0, 5, dtype=torch.int64))[0].shape == (0, 5, 48)
+    assert model.forward_packed(torch.empty(0, dtype=torch.int64), [])[0].shape == (0, 48)
+
+
+@torch.no_grad()
+def test_accepts_what_tokenizers_give() -> None:
+    model = random_model(config_of(), seed=0)
+    ids, mask = padded(batch_of([4, 8]))
+    expected = model(ids, mask)[0]
+    for batch in (
+        {"input_ids": ids.int(), "attention_mask": mask.int()},
+        {"input_ids": ids, "attention_mask": mask.bool()},
+        {"input_ids": ids, "attention_mask": mask.float()},
+        {"input_ids": ids, "attention_mask": mask, "token_type_ids": torch.zeros_like(ids)},
+    ):
+        assert torch.equal(model(**batch)[0], expected)
+    lengths = torch.tensor([4, 8])
+    flat = ids[mask.bool()]
+    assert torch.equal(
+        model.forward_packed(flat, lengths)[0], model.forward_packed(flat, [4, 8])[0]
+    )
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "one dimension": ({"input_ids": torch.tensor([1, 2])}, "expected \\(texts, tokens\\)"),
+    "floats": ({"input_ids": torch.rand(1, 3)}, "input_ids has dtype"),
+    "mask shape": (
+        {"input_ids": torch.ones(1, 3).long(), "attention_mask": torch.ones(1, 4)},
+        "attention_mask is \\(1, 4\\)",
+    ),
+    "mask values": (
+        {"input_ids": torch.ones(1, 2).long(), "attention_mask": torch.tensor([[1, 2]])},
+        "other than 0 and 1",
+    ),
+    "types": (
+        {"input_ids": torch.ones(1, 2).long(), "token_type_ids": torch.tensor([[0, 1]])},
+        "token_type_ids",
+    ),
+    "beyond the vocabulary": ({"input_ids": torch.tensor([[0, 128]])}, "vocabulary of 128"),
+    "negative": ({"input_ids": torch.tensor([[0, -1]])}, "from -1 to 0"),
+    "too long": ({"input_ids": torch.ones(1, 65).long()}, "65 tokens, the model takes at most 64"),
+}
+
+
+@pytest.mark.parametrize("case", list(REFUSED))
+def test_refuses_bad_batches(case: str) -> None:
+    model = random_model(config_of(), seed=0)
+    inputs, message = REFUSED[case]
+    with pytest.raises(ValueError, match=message):
+        model(**inputs)
+
+
+@pytest.mark.parametrize("lengths", [[2, 2], [5], [3, 0], [4, -1], torch.tensor([1.5, 1.5])])
+def test_refuses_bad_lengths(lengths: Any) -> None:
+    model = random_model(config_of(), seed=0)
+    with pytest.raises(ValueError, match="lengths"):
+        model.forward_packed(torch.tensor([1, 2, 3]), lengths)
+
+
+def test_state_dict_is_the_checkpoints() -> None:
+    with torch.device("meta"):
+        model = NomicMoEModel(NomicMoEConfig.from_dict(data.real_config()))
+    state = model.state_dict()
+    published = data.published()["checkpoint"]
+    assert len(state) == published["tensors"]
+    assert sum(one.numel() for one in state.values()) == published["parameters"]
+    assert state["embeddings.word_embeddings.weight"].shape == (250_048, 768)
+    assert state["encoder.layers.11.mlp.experts.mlp.w2"].shape == (8 * 3072, 768)
+    assert state["encoder.layers.1.mlp.router.layer.weight"].shape == (8, 768)
+    assert not list(model.buffers()), "transformers 5 fills buffers with uninitialised memory"
+
+
+@torch.no_grad()
+def test_copies_and_pickles() -> None:
+    model = random_model(config_of(), seed=0)
+    ids = torch.tensor(batch_of([6]))
+    expected = model(ids)[0]
+    assert torch.equal(copy.deepcopy(model)(ids)[0], expected)
+    assert torch.equal(pickle.loads(pickle.dumps(model))(ids)[0], expected)
+
+
+@torch.no_grad()
+def test_a_fresh_model_is_finite() -> None:
+    torch.manual_seed(0)
+    model = NomicMoEModel(config_of())
+    assert torch.isfinite(model(torch.tensor(batch_of([6])))[0]).all()
+    weights = model.state_dict()
+    assert weights["encoder.layers.0.norm1.weight"].eq(1).all()
+    assert weights["encoder.layers.1.mlp.experts.bias"].eq(0).all()
+    assert 0.015 < weights["encoder.layers.1.mlp.experts.mlp.w1"].std() < 0.025
+
+
+@torch.no_grad()
+def test_batch_mates_move_a_text_by_at_most_5e_7(full_width: NomicMoEModel) -> None:
+    """Full width, float32: pooled unit vectors alone and inside batches of other texts."""
+    texts = batch_of([3, 16, 90, 16, 7, 128, 33, 5], vocabulary=4096)
+    mean_pool = full_width.backend.ops.mean_pool
+
+    def embed(batch: list[list[int]]) -> Tensor:
+        ids_T, lengths = packed(batch)
+        hidden_TD = full_width.forward_packed(ids_T, lengths)[0]
+        return torch.nn.functional.normalize(mean_pool(hidden_TD, lengths), dim=1)
+
+    alone = torch.cat([embed([text]) for text in texts])
+    drift = (embed(texts) - alone).abs().max()
+    assert drift <= 5e-7
+    turned = embed(texts[::-1]).flip(0)
+    assert (turned - alone).abs().max() <= 5e-7
+
+
+def test_backends() -> None:
+    cpu = torch.device("cpu")
+    assert select_backend("auto", cpu).name == "torch"
+    assert select_backend("torch", cpu).reason == "asked for"
+    with pytest.raises(RuntimeError, match="backend='triton' cannot run: "):
+        select_backend("triton", cpu)
+    with pytest.raises(RuntimeError, match="batch_invariant=True needs the triton backend"):
+        select_backend("torch", cpu, batch_invariant=True)
+    with pytest.raises(ValueError, match="expected 'auto', 'torch' or 'triton'"):
+        select_backend("cuda", cpu)  # type: ignore[arg-type]
+
+
+def test_devices_and_dtypes() -> None:
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert resolve_dtype(None, cpu) is torch.float32
+    assert resolve_dtype(None, cuda) is torch.float16
+    assert resolve_dtype("bfloat16", cpu) is torch.bfloat16
+    assert resolve_dtype(torch.float16, cpu) is torch.float16
+    for wrong in ("int8", "float64", torch.float64):
+        with pytest.raises(ValueError, match="expected one of float32, float16, bfloat16"):
+            resolve_dtype(wrong, cpu)
+    with pytest.raises(ValueError, match="device is 'gpu'"):
+        resolve_device("gpu")
+    if not torch.cuda.is_available():
+        assert resolve_device(None) == cpu
+        with pytest.raises(RuntimeError, match="no CUDA device"):
+            resolve_device("cuda")

@@ -1,0 +1,100 @@
+"""The README is run: its snippets on a synthetic checkpoint, its commands by CI."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import nomoe
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+REPO = "nomic-ai/nomic-embed-text-v2-moe"
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def after(diff: str) -> str:
+    """A diff block as the code it results in."""
+    return "".join(line[1:] + "\n" for line in diff.splitlines() if not line.startswith("-"))
+
+
+def before(diff: str) -> str:
+    return "".join(line[1:] + "\n" for line in diff.splitlines() if not line.startswith("+"))
+
+
+def execute(code: str, folder: Path) -> dict[str, Any]:
+    names: dict[str, Any] = {}
+    exec(compile(code.replace(REPO, str(folder)), "README.md", "exec"), names)
+    return names
+
+
+def test_first_screen(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    load = nomoe.Encoder.from_pretrained
+    monkeypatch.setattr(nomoe.Encoder, "from_pretrained", lambda: load(tiny_folder))
+    names = execute(blocks("python")[0], tiny_folder)
+    assert names["documents"].shape == (2, 96)
+    assert capsys.readouterr().out.startswith("tensor([[")
+
+
+def test_the_cards_snippets(tiny_folder: Path, encoder: nomoe.Encoder) -> None:
+    pytest.importorskip("transformers")
+    with_model, with_sentences = blocks("diff")
+    assert before(with_model).count("trust_remote_code=True") == 1
+    assert before(with_sentences).count("trust_remote_code=True") == 1
+    assert "trust_remote_code" not in after(with_model) + after(with_sentences)
+
+    first = execute(after(with_model), tiny_folder)
+    second = execute(after(with_sentences), tiny_folder)
+    expected = encoder.encode_document(["Hello!", "¡Hola!"])
+    np.testing.assert_allclose(first["embeddings"].numpy(), expected, atol=1e-5)
+    np.testing.assert_allclose(second["embeddings"], expected, atol=1e-5)
+    assert isinstance(second["similarity"], torch.Tensor)
+    torch.testing.assert_close(
+        second["similarity"].squeeze(), first["similarity"], atol=1e-5, rtol=0
+    )
+
+
+def test_two_set_up_commands_of_which_ci_runs_the_second() -> None:
+    commands = [line for block in blocks("sh") for line in block.splitlines() if "-m venv" in line]
+    assert len(commands) == 2
+    assert commands[0].endswith("nomoe demo")
+    assert commands[1].endswith("python -m pytest")
+    assert commands[1] in (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()
+
+
+def test_every_command_shown_parses(capsys: pytest.CaptureFixture[str]) -> None:
+    from nomoe.cli import _parser
+
+    shown = [
+        line.split("#")[0].split()
+        for block in blocks("sh")
+        for line in block.splitlines()
+        if line.startswith("nomoe ")
+    ]
+    assert len(shown) >= 6
+    for _, *arguments in shown:
+        _parser().parse_args(arguments)
+
+
+def test_version_is_one() -> None:
+    pyproject = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    assert f'version = "{nomoe.__version__}"' in pyproject
+    assert f"## {nomoe.__version__}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+def test_constraints_pin_exactly() -> None:
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pins = [line for line in lines if not line.startswith("#")]
+    assert "torch==2.13.0" in pins
+    for pin in pins:
+        assert re.fullmatch(r"[a-z-]+==[\d.]+", pin), pin
