@@ -6,6 +6,7 @@ import argparse
 import logging
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 from . import __version__
@@ -81,7 +82,7 @@ def _parser() -> argparse.ArgumentParser:
         "--reference",
         action="store_true",
         help="also compare with the reference Hugging Face code, which this downloads and runs "
-        "(needs transformers)",
+        "(pip install 'nomoe[reference]')",
     )
     verify.add_argument(
         "--code-revision", metavar="COMMIT", help="of the reference code (default: the pinned one)"
@@ -178,6 +179,8 @@ def _verify(options: argparse.Namespace) -> int:
     from .moe import select_backend
     from .verify import Check, table, verify_golden, verify_published, verify_reference
 
+    if options.reference and find_spec("transformers") is None:
+        raise ImportError("the reference code needs transformers: pip install 'nomoe[reference]'")
     device = resolve_device(options.device)
     dtype = resolve_dtype(options.dtype, device)
     backend = select_backend(options.backend, device)
@@ -221,8 +224,6 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _route(options: argparse.Namespace) -> int:
-    from importlib.util import find_spec
-
     from .encoder import Encoder
     from .files import read_rows
 
