@@ -7,10 +7,9 @@ memory-mapped: they are never copied, and processes on one machine share them.
 from __future__ import annotations
 
 import json
-import logging
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import torch
@@ -19,13 +18,13 @@ from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
     LocalEntryNotFoundError,
+    LocalTokenNotFoundError,
+    OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-
-logger = logging.getLogger(__name__)
 
 DEFAULT_REPO = "nomic-ai/nomic-embed-text-v2-moe"
 # the published weights; a name without a revision would follow whatever is pushed next
@@ -40,14 +39,19 @@ PROMPTS_FILE = "config_sentence_transformers.json"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
-# everything nomoe reads from a repository, and nothing else
-NEEDED_FILES = (
+_SETTINGS_FILES = (
     CONFIG_FILE,
     TOKENIZER_FILE,
     MODULES_FILE,
     POOLING_FILE,
     SENTENCE_FILE,
     PROMPTS_FILE,
+)
+# everything nomoe reads from a repository, and nothing else
+NEEDED_FILES = (
+    *_SETTINGS_FILES,
+    # where modules.json puts the pooling elsewhere
+    "*_Pooling/config.json",
     WEIGHTS_FILE,
     INDEX_FILE,
     "model-*-of-*.safetensors",
@@ -56,6 +60,23 @@ NEEDED_FILES = (
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
+# huggingface_hub lets errors of its HTTP library through, which is requests, httpx or httpx2 by its
+# version; their common base is a base of its own HTTP error
+_HTTP_ERRORS: tuple[type[Exception], ...] = tuple(
+    base
+    for base in HfHubHTTPError.__mro__
+    if issubclass(base, Exception)
+    and base.__module__.partition(".")[0] not in ("builtins", "huggingface_hub")
+)
+_DOWNLOAD_ERRORS: tuple[type[Exception], ...] = (
+    *_HTTP_ERRORS,
+    OSError,
+    HFValidationError,
+    # an answer that is no Hub's
+    json.JSONDecodeError,
+    # all that hf_xet says
+    RuntimeError,
+)
 
 
 def locate(
@@ -84,16 +105,16 @@ def locate(
         ValueError: The revision does not exist.
         ConnectionError: The Hub could not be reached, or the download broke.
     """
-    folder = Path(name_or_path).expanduser()
-    if folder.is_dir():
-        return folder
     repo = str(name_or_path)
-    if folder.exists():
+    folder = Path(name_or_path).expanduser()
+    if repo and folder.is_dir():
+        return folder
+    if repo and folder.exists():
         raise FileNotFoundError(f"{repo} is a file; expected the folder that holds {CONFIG_FILE}")
     if not _REPO_ID.fullmatch(repo):
-        raise FileNotFoundError(f"{repo} is neither an existing folder nor a repository name")
-    if revision is None and repo == DEFAULT_REPO:
-        revision = DEFAULT_REVISION
+        raise FileNotFoundError(f"{repo!r} is neither an existing folder nor a repository name")
+    if revision is None:
+        revision = DEFAULT_REVISION if repo == DEFAULT_REPO else "main"
 
     def fetch(*, local: bool) -> Path:
         return Path(
@@ -107,48 +128,70 @@ def locate(
             )
         )
 
-    if revision is not None and _COMMIT.fullmatch(revision):
-        try:
-            cached = fetch(local=True)
-        except LocalEntryNotFoundError:
-            pass
-        else:
-            if _is_whole(cached):
-                return cached
-    at = f"{repo} at revision {revision or 'main'}"
     try:
+        # a commit never changes, but older versions of huggingface_hub ask all the same
+        if _COMMIT.fullmatch(revision) and not local_files_only:
+            with suppress(LocalEntryNotFoundError):
+                cached = fetch(local=True)
+                if _is_whole(cached):
+                    return cached
         return fetch(local=local_files_only)
-    except LocalEntryNotFoundError as error:
-        if local_files_only or error.__cause__ is None:
-            raise FileNotFoundError(
-                f"{at} is not in the local cache, and the network may not be used; download it "
-                f"once on a connected machine, for example with `hf download {repo}`"
-            ) from error
-        raise ConnectionError(f"{at}: the Hub could not be reached: {error.__cause__}") from error
-    except RevisionNotFoundError as error:
-        raise ValueError(f"{repo} has no revision {revision!r}") from error
-    except (RepositoryNotFoundError, HfHubHTTPError) as error:
-        status = error.response.status_code if error.response is not None else None
+    except _DOWNLOAD_ERRORS as error:
+        # a full disk, or a cache that may not be written, says so itself
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        raise _explain(error, repo, revision) from error
+
+
+def _explain(error: Exception, repo: str, revision: str) -> Exception:
+    """Say in one of Python's own errors why a checkpoint could not be had, and what to do."""
+    at = f"{repo} at revision {revision}"
+    # where the cache does not help either, the reason why the Hub did not is the cause
+    reason = error
+    if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
+        reason = error.__cause__
+    if isinstance(reason, LocalEntryNotFoundError | OfflineModeIsEnabled):
+        return FileNotFoundError(
+            f"{at} is not in the local cache, or only in part, and the network may not be used "
+            "(local_files_only or HF_HUB_OFFLINE); download it once on a connected machine, for "
+            f"example with `hf download {repo} --revision {revision}`"
+        )
+    if isinstance(reason, HFValidationError):
+        return FileNotFoundError(f"{repo!r} is neither an existing folder nor a repository name")
+    if isinstance(reason, LocalTokenNotFoundError):
+        return PermissionError(
+            f"{at}: token=True, but no token is stored; log in with `hf auth login`"
+        )
+    if isinstance(reason, RevisionNotFoundError):
+        return ValueError(f"{repo} has no revision {revision!r}")
+    if isinstance(reason, HfHubHTTPError):
+        status = reason.response.status_code
         if status in (401, 403):
-            raise PermissionError(
-                f"the Hub refuses access to {at} ({status}): the name is wrong, or the repository "
-                "is private or gated; log in with `hf auth login` or pass token="
-            ) from error
-        if status == 404:
-            raise FileNotFoundError(f"{repo} is neither a folder nor a repository") from error
-        raise ConnectionError(f"the Hub answered with an error for {at}: {error}") from error
-    except HFValidationError as error:
-        raise FileNotFoundError(f"{repo} is neither a folder nor a repository name") from error
+            return PermissionError(
+                f"there is no folder {repo}, and the Hub refuses access to {at} ({status}): the "
+                "name is wrong, or the repository is private or gated; log in with "
+                "`hf auth login` or pass token="
+            )
+        if isinstance(reason, RepositoryNotFoundError):
+            return FileNotFoundError(f"{repo} is neither a folder nor a repository on the Hub")
+        return ConnectionError(f"the Hub answered {status} to a request for {at}; try again later")
+    return ConnectionError(
+        f"{at} could not be downloaded; check the connection and load again. "
+        f"{type(reason).__name__}: {reason}"
+    )
 
 
 def _is_whole(folder: Path) -> bool:
-    """Whether every file that nomoe cannot do without is there."""
+    """Whether every file nomoe reads is there.
+
+    An absent settings file may be one that the repository lacks, or one that another program had no
+    use for; only the Hub knows.
+    """
     try:
-        shards = find_weights(folder)
+        find_weights(folder)
     except (FileNotFoundError, ValueError):
         return False
-    needed = [folder / CONFIG_FILE, folder / TOKENIZER_FILE, *shards]
-    return all(path.is_file() for path in needed)
+    return all((folder / name).is_file() for name in _SETTINGS_FILES)
 
 
 def find_weights(folder: Path) -> list[Path]:
@@ -166,8 +209,10 @@ def find_weights(folder: Path) -> list[Path]:
             names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{index} is not a safetensors index: {error!r}") from error
+        if not names:
+            raise ValueError(f"{index} names no shards")
         for name in names:
-            if not isinstance(name, str) or Path(name).name != name:
+            if not isinstance(name, str) or Path(name).name != name or name == "..":
                 raise ValueError(f"{index} names {name!r}, which is not a file beside it")
         shards = sorted(folder / name for name in names)
         absent = [path.name for path in shards if not path.is_file()]
@@ -205,9 +250,10 @@ def load_tensors(
         for path in find_weights(folder):
             try:
                 file = stack.enter_context(safe_open(path, framework="pt"))
-            except (SafetensorError, OSError) as error:
+            except SafetensorError as error:
                 raise ValueError(
-                    f"{path} is not a whole safetensors file (a broken download?): {error}"
+                    f"{path} is not a whole safetensors file (a broken download, or a pointer that "
+                    f"`git lfs pull` replaces?): {error}"
                 ) from error
             for name in file.keys():  # noqa: SIM118 -- not a dict
                 if name in files:

@@ -99,14 +99,19 @@ def atomic_output(path: Path) -> Iterator[BinaryIO]:
             yield file  # type: ignore[misc]  # typeshed's wrapper is a BinaryIO in all but name
             file.flush()
             os.fsync(file.fileno())
-            # a temporary file is private; give the result the mode a new file would have
-            mask = os.umask(0)
-            os.umask(mask)
-            os.chmod(file.name, 0o666 & ~mask)
+            # a temporary file is private; the result is to be as open as any new file
+            os.chmod(file.name, new_file_mode())
             os.replace(file.name, path)
         except BaseException:
             os.unlink(file.name)
             raise
+
+
+def new_file_mode() -> int:
+    """Return the mode a newly made file has."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return 0o666 & ~mask
 
 
 def write_npy(

@@ -70,8 +70,14 @@ class Embeddings(nn.Module):
 
     def __init__(self, config: NomicMoEConfig) -> None:
         super().__init__()
-        self.word_embeddings = nn.Embedding(config.embedding_rows, config.n_embd)
-        self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.n_embd)
+        width = config.n_embd
+        # given a weight, nn.Embedding draws none: on the meta device that alone takes a second
+        self.word_embeddings = nn.Embedding(
+            config.embedding_rows, width, _weight=torch.empty(config.embedding_rows, width)
+        )
+        self.token_type_embeddings = nn.Embedding(
+            config.type_vocab_size, width, _weight=torch.empty(config.type_vocab_size, width)
+        )
 
     def forward(self, ids_T: Tensor) -> tuple[Tensor, Tensor]:
         """Return the words' rows, (T, D), and the type row, (D,); the embedding norm adds them."""
@@ -255,6 +261,8 @@ class NomicMoEModel(nn.Module):
     def reset_parameters(self) -> None:
         """Draw random weights: normal, standard deviation 0.02; biases 0, norms the identity."""
         for name, parameter in self.named_parameters():
+            if parameter.is_meta:
+                continue
             if name.endswith("bias"):
                 parameter.zero_()
             elif "norm" in name or name.startswith("emb_ln"):

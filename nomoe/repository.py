@@ -41,6 +41,7 @@ def read_sentence_settings(folder: Path) -> SentenceSettings:
     """Read the sentence-transformers files; an absent one means what the published model has.
 
     Raises:
+        FileNotFoundError: modules.json names a pooling whose settings are absent.
         ValueError: A damaged file, or a pipeline other than mean pooling, then normalising.
     """
     modules = _read(folder / MODULES_FILE, list)
@@ -55,6 +56,11 @@ def read_sentence_settings(folder: Path) -> SentenceSettings:
             )
         normalizes = kinds[-1] == "Normalize"
         pooling_file = folder / str(modules[1].get("path", "")) / "config.json"
+        if not pooling_file.is_file():
+            raise FileNotFoundError(
+                f"{folder / MODULES_FILE} puts the pooling's settings in {pooling_file}, which is "
+                "absent; without them the pooling would be a guess"
+            )
     _check_pooling(pooling_file)
 
     sentence = _read(folder / SENTENCE_FILE, dict) or {}

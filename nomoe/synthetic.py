@@ -30,6 +30,7 @@ from .checkpoint import (
     WEIGHTS_FILE,
 )
 from .config import NomicMoEConfig
+from .files import new_file_mode
 from .model import NomicMoEModel
 from .moe import MoE, Ops
 from .repository import TRAINED_LENGTH, TRAINED_PROMPTS
@@ -88,6 +89,8 @@ def write_checkpoint(folder: str | Path, size: Size = "tiny", seed: int = 0) -> 
     # a repository whose weights are there is whole
     unfinished = folder / f".{WEIGHTS_FILE}.unfinished"
     save_file(model.state_dict(), unfinished, metadata={"format": "pt"})
+    # safetensors makes it private
+    os.chmod(unfinished, new_file_mode())
     os.replace(unfinished, folder / WEIGHTS_FILE)
     return folder
 

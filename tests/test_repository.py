@@ -87,6 +87,12 @@ def test_refuses_other_modules(folder: Path) -> None:
         Encoder.from_pretrained(folder)
 
 
+def test_a_pooling_whose_settings_are_absent_is_no_guess(folder: Path) -> None:
+    shutil.rmtree(folder / "1_Pooling")
+    with pytest.raises(FileNotFoundError, match=r"1_Pooling.config\.json, which is absent"):
+        Encoder.from_pretrained(folder)
+
+
 def test_without_a_normalize_module(folder: Path) -> None:
     modules = json.loads((folder / "modules.json").read_text())
     (folder / "modules.json").write_text(json.dumps(modules[:2]))

@@ -25,6 +25,8 @@ def test_has_every_file_of_the_real_repository(tiny_folder: Path) -> None:
         "tokenizer.json",
         "tokenizer_config.json",
     }
+    modes = {path.stat().st_mode for path in tiny_folder.iterdir() if path.is_file()}
+    assert len(modes) == 1, "all as readable as any new file"
     config = json.loads((tiny_folder / "config.json").read_text())
     real = data.real_config()
     assert config.keys() == real.keys()
