@@ -6,6 +6,7 @@ the length of each. Padding exists only in `NomicMoEModel.forward`, which packs 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
@@ -18,6 +19,8 @@ from torch import Tensor, nn
 from .checkpoint import CONFIG_FILE, DEFAULT_REPO, load_tensors, locate
 from .config import NomicMoEConfig
 from .moe import BackendName, MoE, Ops, select_backend
+
+logger = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -42,27 +45,33 @@ class Packing(NamedTuple):
     """How the T tokens of a packed batch divide into texts, and where each token stands."""
 
     lengths: list[int]
-    # cosine and sine of each token's rotary angles, (T, 1, H / 2), float32
+    # cosine and sine of each token's rotary angles, (T, 1, 1, H / 2), float32
     cos: Tensor
     sin: Tensor
 
 
 def rotary_angles(positions_T: Tensor, config: NomicMoEConfig) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of position * base^(-2i / H), i < H / 2, each (T, 1, H / 2) in float32.
+    """Cosine and sine of position * base^(-2i / H), i < H / 2, each (T, 1, 1, H / 2) in float32.
 
     The angles are computed in float64 at every call: a table built once is what transformers 5
     fills with uninitialised memory, and this costs less than one layer's norm.
     """
     exponents = torch.arange(0, config.head_width, 2, device=positions_T.device).double()
     frequencies = config.rotary_emb_base ** (-exponents / config.head_width)
-    angles = (positions_T.double()[:, None] * frequencies)[:, None, :]
+    angles = positions_T.double()[:, None, None, None] * frequencies
     return angles.cos().float(), angles.sin().float()
 
 
-def rotate(x_TNH: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Apply rotary embedding over the whole head, in halves: (a cos - b sin, b cos + a sin)."""
-    a, b = x_TNH.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x_TNH.dtype)
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Apply rotary embedding over the whole head, in halves: (a cos - b sin, b cos + a sin).
+
+    Computed in float32 and rounded once, into a result of the dtype of x, (T, ..., H).
+    """
+    a, b = x.chunk(2, dim=-1)
+    rotated = torch.empty_like(x)
+    rotated[..., : a.shape[-1]] = a * cos - b * sin
+    rotated[..., a.shape[-1] :] = b * cos + a * sin
+    return rotated
 
 
 class Embeddings(nn.Module):
@@ -97,9 +106,8 @@ class Attention(nn.Module):
         """Attend within each text, (T, D)."""
         # q, k, v one after the other, each with its heads contiguous ("three-major")
         qkv_T3NH = self.Wqkv(x_TD).unflatten(-1, (3, self.heads, -1))
-        q_TNH, k_TNH, v_TNH = qkv_T3NH.unbind(dim=1)
-        q_TNH = rotate(q_TNH, packing.cos, packing.sin)
-        k_TNH = rotate(k_TNH, packing.cos, packing.sin)
+        q_TNH, k_TNH = rotate(qkv_T3NH[:, :2], packing.cos, packing.sin).unbind(dim=1)
+        v_TNH = qkv_T3NH[:, 2]
 
         parts = []
         start = 0
@@ -241,6 +249,12 @@ class NomicMoEModel(nn.Module):
         """
         device = resolve_device(device)
         dtype = resolve_dtype(dtype, device)
+        if device.type == "cpu" and dtype == torch.float16:
+            # 18 times on a Zen 4; a CPU with float16 instructions may do better
+            logger.warning(
+                "few CPUs multiply float16 at speed, and it can be many times slower than float32; "
+                "bfloat16 is the faster 16-bit type there"
+            )
         select_backend(backend, device, batch_invariant=batch_invariant)
         folder = locate(
             name_or_path,

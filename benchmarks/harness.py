@@ -1,0 +1,471 @@
+"""What every benchmark shares: correctness before speed, interleaved timing, dated results.
+
+A benchmark builds `Case`s, gives each to `measure`, and the outcome to `write_results`. No time
+leaves `measure` unless every output of every contender agreed with the expected one.
+"""
+
+from __future__ import annotations
+
+import datetime
+import itertools
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm.auto import tqdm
+
+import nomoe
+from nomoe import NomicMoEConfig
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+RESULTS = REPOSITORY / "benchmarks" / "results"
+
+# calls of each contender before its times count: the first fills caches and allocator
+WARM_UP = 2
+
+Output = TypeVar("Output")
+
+
+class DisagreementError(RuntimeError):
+    """A contender's output is not the expected one, so its speed means nothing."""
+
+
+class Deviation(NamedTuple):
+    """How far an output is from the expected one."""
+
+    # mean over the rows of 1 - cosine: in 16 bits a text in which an expert is chosen otherwise is
+    # far off its neighbours, so the worst row says little about the rest
+    cosine_distance: float
+    # largest difference of any number
+    max_abs: float
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way to do a case's work."""
+
+    name: str
+    run: Callable[[], Tensor]
+    # floating-point operations of the work; a multiplication and an addition count as two
+    flop: int
+    # how far its output may be from the case's; None for a ceiling, which computes something else
+    bound: Deviation | None
+
+
+@dataclass(frozen=True)
+class Case:
+    """Work that several contenders do.
+
+    Raises:
+        ValueError: Two contenders have the same name, or none has the baseline's.
+    """
+
+    title: str
+    tokens: int
+    contenders: Sequence[Contender]
+    expected_BD: Tensor
+    # name of the contender that the others' speed is given relative to
+    baseline: str
+
+    def __post_init__(self) -> None:
+        names = [contender.name for contender in self.contenders]
+        if len(set(names)) < len(names) or self.baseline not in names:
+            raise ValueError(
+                f"contenders are {', '.join(names)}; names must differ and {self.baseline!r} be "
+                "one of them"
+            )
+
+
+class Result(NamedTuple):
+    """The times of one contender in one case."""
+
+    contender: Contender
+    # worst over all calls; None for a ceiling
+    deviation: Deviation | None
+    seconds: list[float]
+
+
+def check_agreement(
+    name: str, output_BD: Tensor, expected_BD: Tensor, bound: Deviation
+) -> Deviation:
+    """Compare an output with the expected one.
+
+    Both bounds are needed: a cosine is blind to a wrong scale, a difference to how large it is.
+
+    Raises:
+        DisagreementError: The output has another shape, or is further off than the bound.
+    """
+    if output_BD.shape != expected_BD.shape:
+        raise DisagreementError(
+            f"{name}: output is {tuple(output_BD.shape)}, expected {tuple(expected_BD.shape)}"
+        )
+    output_BD, expected_BD = output_BD.cpu().double(), expected_BD.cpu().double()
+    deviation = Deviation(
+        float((1 - F.cosine_similarity(output_BD, expected_BD)).mean()),
+        float((output_BD - expected_BD).abs().max()),
+    )
+    # written so that a NaN disagrees
+    if not all(value <= most for value, most in zip(deviation, bound, strict=True)):
+        raise DisagreementError(
+            f"{name}: output is off by a mean 1 - cosine of {deviation.cosine_distance:.3g} (at "
+            f"most {bound.cosine_distance:.3g}) and by {deviation.max_abs:.3g} at the worst place "
+            f"(at most {bound.max_abs:.3g})"
+        )
+    return deviation
+
+
+def time_call(run: Callable[[], Output], device: torch.device) -> tuple[float, Output]:
+    """Run once with nothing else queued on the device; seconds, and what it returned."""
+    if device.type != "cuda":
+        start = time.perf_counter()
+        output = run()
+        return time.perf_counter() - start, output
+    with torch.cuda.device(device):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        begin.record()
+        output = run()
+        end.record()
+        torch.cuda.synchronize()
+    return begin.elapsed_time(end) / 1000, output
+
+
+def interleave(
+    runs: Mapping[str, Callable[[], Output]],
+    *,
+    repeats: int,
+    device: torch.device,
+    inspect: Callable[[str, Output], None],
+    warm_up: int = WARM_UP,
+) -> dict[str, list[float]]:
+    """Time several runs in turn, so that a machine that slows down slows all of them.
+
+    Each round calls every run once. Orders differ, lest one always follow the same: every run comes
+    first in its turn, then the same orders backwards.
+
+    Args:
+        runs: What to time, by name.
+        repeats: Rounds whose times count.
+        device: Where the work happens.
+        inspect: Called with a name and an output after every call, outside the timed stretch.
+        warm_up: Rounds before those.
+
+    Returns:
+        Seconds of each counted call, by name.
+    """
+    names = list(runs)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for turn in range(warm_up + repeats):
+        cycle, first = divmod(turn, len(names))
+        order = names[first:] + names[:first]
+        for name in reversed(order) if cycle % 2 else order:
+            taken, output = time_call(runs[name], device)
+            inspect(name, output)
+            if turn >= warm_up:
+                seconds[name].append(taken)
+    return seconds
+
+
+def measure(
+    case: Case, *, repeats: int, device: torch.device, bar: tqdm[Any] | None = None
+) -> list[Result]:
+    """Time a case's contenders, checking every output of every call.
+
+    Args:
+        case: The work.
+        repeats: Timed calls of each contender.
+        device: Where the work happens.
+        bar: Advanced by one for every call, `WARM_UP + repeats` for each contender.
+
+    Raises:
+        DisagreementError: An output is not the expected one.
+    """
+    contenders = {contender.name: contender for contender in case.contenders}
+    deviations: dict[str, Deviation] = {}
+
+    def inspect(name: str, output: Tensor) -> None:
+        bound = contenders[name].bound
+        if bound is not None:
+            found = check_agreement(f"{case.title}, {name}", output, case.expected_BD, bound)
+            worst = deviations.get(name, found)
+            deviations[name] = Deviation(*map(max, found, worst))
+        if bar is not None:
+            bar.update()
+
+    runs = {name: contender.run for name, contender in contenders.items()}
+    seconds = interleave(runs, repeats=repeats, device=device, inspect=inspect)
+    return [
+        Result(contender, deviations.get(name), seconds[name])
+        for name, contender in contenders.items()
+    ]
+
+
+def forward_flop(config: NomicMoEConfig, lengths: Sequence[int]) -> int:
+    """Operations of a forward over texts of these lengths: matrix products, without padding.
+
+    At the real sizes 226.6 M per token and 36,864 more for each token it attends to.
+    """
+    # scores and their product with the values, 2 * D each for every pair of tokens
+    attention = 4 * config.n_layer * config.n_embd * sum(length**2 for length in lengths)
+    return projection_flop(config, sum(lengths)) + attention
+
+
+def projection_flop(config: NomicMoEConfig, tokens: int) -> int:
+    """Operations of a forward's products with weights, of which `linear_ceiling` runs the same."""
+    moe_layers, width = len(config.moe_layers), config.n_embd
+    attention = 4 * width
+    dense = 2 * config.ffn_width
+    moe = 2 * config.ffn_width * config.moe_top_k + config.num_experts
+    columns = config.n_layer * attention + (config.n_layer - moe_layers) * dense + moe_layers * moe
+    return 2 * tokens * width * columns
+
+
+def linear_ceiling(
+    config: NomicMoEConfig, tensors: Mapping[str, Tensor], routed: Sequence[Sequence[int]]
+) -> Callable[[], Tensor]:
+    """Make a run of a forward's products with weights and nothing else: what could be reached.
+
+    `F.linear` on the model's own weights, which it reads from memory as a forward does. Inputs are
+    random, at hand in the order in which they are needed, and outputs are dropped.
+
+    Args:
+        config: Sizes.
+        tensors: The model's tensors.
+        routed: Rows of each expert, for each MoE layer.
+    """
+    rows = sum(routed[0])
+    like = tensors["emb_ln.weight"]
+    inputs = {
+        width: torch.randn(rows, width).to(like) for width in (config.n_embd, config.ffn_width)
+    }
+    products: list[tuple[Tensor, Tensor]] = []
+
+    def add(weight: Tensor, rows: int) -> None:
+        products.append((inputs[weight.shape[1]][:rows], weight))
+
+    tokens = rows // config.moe_top_k
+    for index in range(config.n_layer):
+        layer = f"encoder.layers.{index}"
+        add(tensors[f"{layer}.attn.Wqkv.weight"], tokens)
+        add(tensors[f"{layer}.attn.out_proj.weight"], tokens)
+        if not config.is_moe_layer(index):
+            add(tensors[f"{layer}.mlp.fc1.weight"], tokens)
+            add(tensors[f"{layer}.mlp.fc2.weight"], tokens)
+            continue
+        add(tensors[f"{layer}.mlp.router.layer.weight"], tokens)
+        w1_EFD, w2_EFD = (
+            tensors[f"{layer}.mlp.experts.mlp.{name}"].unflatten(0, (config.num_experts, -1))
+            for name in ("w1", "w2")
+        )
+        for expert, count in enumerate(routed[config.moe_layers.index(index)]):
+            if count:
+                add(w1_EFD[expert], count)
+                add(w2_EFD[expert].T, count)
+
+    @torch.no_grad()
+    def run() -> Tensor:
+        for x, weight in products:
+            out = F.linear(x, weight)
+        return out
+
+    return run
+
+
+def machine_line(device: torch.device) -> str:
+    """Describe in one line what a result depends on: hardware, versions, commit."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    capability = torch.backends.cpu.get_cpu_capability()
+    parts = [
+        f"{_cpu_model()} ({capability}, {cores} cores, threads used: {torch.get_num_threads()})",
+        f"{platform.system()} {platform.release().partition('-')[0]} {platform.machine()}",
+        f"Python {platform.python_version()}",
+        f"torch {torch.__version__}",
+        *([f"triton {found}"] if (found := _version("triton")) else []),
+        f"nomoe {nomoe.__version__}{_commit()}",
+    ]
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        memory = properties.total_memory / 2**30
+        parts.insert(0, f"{properties.name} ({memory:.0f} GiB, CUDA {torch.version.cuda})")
+    if hasattr(os, "getloadavg"):
+        # work of others shows here, and falsifies times more than ratios
+        parts.append(f"load average {os.getloadavg()[0]:.1f} at the start")
+    return ", ".join(parts)
+
+
+def command_line(arguments: Sequence[str]) -> str:
+    """Return the command that repeats this run from the repository's root."""
+    script = Path(sys.argv[0]).resolve()
+    if script.is_relative_to(REPOSITORY):
+        script = script.relative_to(REPOSITORY)
+    return shlex.join(["python", script.as_posix(), *arguments])
+
+
+def make_record(
+    benchmark: str,
+    results: Sequence[tuple[Case, list[Result]]],
+    *,
+    command: str,
+    machine: str,
+    settings: Mapping[str, Any],
+    not_run: Mapping[str, str],
+) -> dict[str, Any]:
+    """Gather everything a result file holds; `render` makes it readable.
+
+    Args:
+        benchmark: Its name.
+        results: Cases and what `measure` returned for them.
+        command: What `command_line` returns.
+        machine: What `machine_line` returned before the run.
+        settings: What else the figures depend on.
+        not_run: Contenders that cannot run here and why, by name.
+    """
+    return {
+        "benchmark": benchmark,
+        "date": datetime.date.today().isoformat(),
+        "command": command,
+        "machine": machine,
+        "settings": dict(settings),
+        "not_run": dict(not_run),
+        "cases": [
+            {
+                "title": case.title,
+                "tokens": case.tokens,
+                "baseline": case.baseline,
+                "contenders": _rows(case, of_case),
+            }
+            for case, of_case in results
+        ],
+    }
+
+
+def _rows(case: Case, results: list[Result]) -> list[dict[str, Any]]:
+    # p20, median, p80
+    percentiles = {
+        one.contender.name: np.percentile(one.seconds, (20, 50, 80)).tolist() for one in results
+    }
+    rows = []
+    for contender, deviation, seconds in results:
+        p20, median, p80 = percentiles[contender.name]
+        row: dict[str, Any] = {
+            "name": contender.name,
+            "tokens_per_s": case.tokens / median,
+            "median_ms": 1e3 * median,
+            "p20_ms": 1e3 * p20,
+            "p80_ms": 1e3 * p80,
+            "tflop_per_s": contender.flop / median / 1e12,
+            "ratio": percentiles[case.baseline][1] / median,
+            "flop": contender.flop,
+            "times_ms": [1e3 * one for one in seconds],
+        }
+        if deviation is not None and contender.bound is not None:
+            row["deviation"] = deviation._asdict()
+            row["bound"] = contender.bound._asdict()
+        rows.append(row)
+    return rows
+
+
+def render(record: Mapping[str, Any]) -> str:
+    """Write a record as Markdown that is readable on a terminal too."""
+    settings = ", ".join(f"{name} {value}" for name, value in record["settings"].items())
+    lines = [
+        f"# {record['benchmark']}, {record['date']}",
+        "",
+        f"    {record['command']}",
+        "",
+        f"Machine: {record['machine']}.",
+        f"Settings: {settings}.",
+        "Ratio: speed relative to the contender at 1.00. TFLOP/s: work on real tokens only.",
+        *(f"Not run: {name}: {reason}." for name, reason in record["not_run"].items()),
+    ]
+    for case in record["cases"]:
+        cells = [
+            ["contender", "tokens/s", "median ms", "p20", "p80", "TFLOP/s", "ratio", "1 - cosine"]
+        ]
+        for row in case["contenders"]:
+            times = (row[f"{which}_ms"] for which in ("median", "p20", "p80"))
+            cells.append(
+                [
+                    row["name"],
+                    f"{row['tokens_per_s']:,.0f}",
+                    *(f"{one:,.1f}" if one >= 10 else f"{one:.3f}" for one in times),
+                    f"{row['tflop_per_s']:.3g}",
+                    f"{row['ratio']:.2f}",
+                    f"{row['deviation']['cosine_distance']:.1e}" if "deviation" in row else "",
+                ]
+            )
+        lines += ["", f"## {case['title']}", "", *_table(cells)]
+    return "\n".join(lines) + "\n"
+
+
+def write_results(record: Mapping[str, Any], folder: Path, stem: str) -> list[Path]:
+    """Write a record as `folder/DATE-stem.json` and `.md`, and return both paths.
+
+    A number is added to the name where there are such files already: a result is never replaced.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for count in itertools.count(1):
+        name = f"{record['date']}-{stem}" + (f"-{count}" if count > 1 else "")
+        paths = [folder / f"{name}{suffix}" for suffix in (".json", ".md")]
+        if not any(path.exists() for path in paths):
+            break
+    paths[0].write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    paths[1].write_text(render(record), encoding="utf-8")
+    return paths
+
+
+def _table(cells: list[list[str]]) -> list[str]:
+    """Align as a Markdown table: names to the left, numbers to the right."""
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    rows = [
+        "| " + " | ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) + " |"
+        for row in cells
+    ]
+    rule = ["-" * (widths[0] + 2), *("-" * (width + 1) + ":" for width in widths[1:])]
+    return [rows[0], "|" + "|".join(rule) + "|", *rows[1:]]
+
+
+def _cpu_model() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text(encoding="utf-8").splitlines():
+            name, _, value = line.partition(":")
+            if name.strip() == "model name":
+                return value.strip()
+    return platform.processor() or platform.machine()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _commit() -> str:
+    """Name the checkout's commit, or nothing where there is no checkout or no git."""
+    outputs = []
+    for arguments in (["rev-parse", "--short", "HEAD"], ["status", "--porcelain", "--", "*.py"]):
+        git = ["git", "-C", str(REPOSITORY), *arguments]
+        try:
+            done = subprocess.run(git, capture_output=True, text=True, check=False)
+        except FileNotFoundError:
+            return ""
+        if done.returncode:
+            return ""
+        outputs.append(done.stdout.strip())
+    commit, changes = outputs
+    return f" at {commit}" + (" with changes" if changes else "")

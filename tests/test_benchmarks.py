@@ -1,0 +1,334 @@
+"""The benchmarks: correct before fast, and figures that mean what they say."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import itertools
+import json
+import os
+import subprocess
+import sys
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks import harness, peers, workload
+from benchmarks.harness import Case, Contender, Deviation, DisagreementError
+from nomoe import NomicMoEConfig, NomicMoEModel, data
+from nomoe.synthetic import random_model
+from nomoe.verify import golden_cases
+
+ROOT = Path(__file__).resolve().parent.parent
+CPU = torch.device("cpu")
+BOUND = Deviation(cosine_distance=1e-8, max_abs=1e-4)
+
+
+@pytest.fixture
+def bench_encoder(monkeypatch):
+    """The script as a module; it finds its siblings beside it, as when it is run."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    return importlib.import_module("bench_encoder")
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    # without gradients, which the counter of operations stumbles over
+    return NomicMoEModel.from_pretrained(data.TINY, device="cpu").requires_grad_(False)
+
+
+def draw_texts(lengths):
+    generator = np.random.default_rng(1)
+    return [generator.integers(0, 512, size=length).tolist() for length in lengths]
+
+
+# --- the looping form ---
+
+
+@pytest.mark.parametrize("batch_size", [2, 32])
+def test_padded_loop_gives_the_golden_vectors(batch_size):
+    config = NomicMoEConfig.from_json(data.TINY / "config.json")
+    loop = peers.PaddedLoop(config, load_file(data.TINY / "model.safetensors"), batch_size)
+    cases = list(golden_cases(data.TINY))
+    assert len(cases) > 1
+    for case in cases:
+        texts = [
+            ids[mask.bool()].tolist()
+            for ids, mask in zip(case.input_ids, case.attention_mask, strict=True)
+        ]
+        difference = (loop(texts).double() - case.pooled).abs().max()
+        assert difference <= 1e-5, case.name
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_padded_loop_agrees_with_nomoe(normalize):
+    config = NomicMoEConfig.from_json(data.TINY / "config.json")
+    config = dataclasses.replace(config, moe_normalize_expert_weights=normalize)
+    model = random_model(config, seed=3)
+    texts = draw_texts([5, 90, 1, 33, 33, 64])
+    ours, theirs = peers.Packed(model)(texts), peers.PaddedLoop(config, model.state_dict())(texts)
+    assert ours.dtype == theirs.dtype == torch.float32
+    assert ours.shape == (6, config.n_embd)
+    harness.check_agreement("padded loop", theirs, ours, Deviation(1e-10, 1e-5))
+
+
+def test_adapters_keep_the_order_of_the_texts(tiny):
+    texts = draw_texts([7, 50, 20])
+    loop = peers.PaddedLoop(tiny.config, tiny.state_dict(), batch_size=2)
+    for peer in (peers.Packed(tiny), loop):
+        alone = torch.cat([peer([ids]) for ids in texts])
+        assert (peer(texts) - alone).abs().max() < 1e-5
+        assert (alone[0] - alone[1]).abs().max() > 0.1
+
+
+# --- the work ---
+
+
+def test_every_expert_has_work_in_every_text():
+    config = NomicMoEConfig.from_json(data.TINY / "config.json")
+    inputs = workload.draw_texts(config, seed=0)
+    [mixed] = [texts for title, texts in inputs.items() if "16 to 256" in title]
+    assert len(mixed) == 16
+    assert all(16 <= len(ids) <= 256 for ids in mixed)
+    texts = list(chain.from_iterable(inputs.values()))
+    packed = peers.Packed(workload.draw_model(config, texts, seed=0))
+    for ids in texts:
+        for rows in packed.routed_rows([ids]):
+            assert min(rows) > 0
+            assert max(rows) < 3 * sum(rows) / len(rows)
+
+
+def test_texts_follow_from_the_seed():
+    config = NomicMoEConfig.from_json(data.TINY / "config.json")
+    first, same, other = (workload.draw_texts(config, seed) for seed in (0, 0, 1))
+    assert first == same != other
+
+
+# --- correctness before speed ---
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda x: 1.01 * x, "at the worst place"),
+        (lambda x: x.index_fill(1, torch.tensor([3]), float("nan")), "nan"),
+        (lambda x: x.flip(0), "mean 1 - cosine"),
+        (lambda x: x[:, :-1], r"\(3, 95\), expected \(3, 96\)"),
+    ],
+    ids=["one per cent", "nan", "order", "shape"],
+)
+def test_a_wrong_output_is_refused(spoil, message):
+    expected = torch.randn(3, 96, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(DisagreementError, match=f"^wrong: .*{message}"):
+        harness.check_agreement("wrong", spoil(expected), expected, BOUND)
+
+
+def test_the_deviation_is_measured():
+    expected = torch.tensor([[3.0, 4.0], [1.0, 0.0]])
+    output = torch.tensor([[3.0, 4.0], [1.0, 1.0]])
+    found = harness.check_agreement("one", output, expected, Deviation(1.0, 1.0))
+    assert found.cosine_distance == pytest.approx((0 + 1 - 0.5**0.5) / 2)
+    assert found.max_abs == 1.0
+
+
+def test_an_output_that_goes_wrong_late_is_refused():
+    expected = torch.ones(2, 4)
+    calls = iter(range(100))
+
+    def run():
+        # right in the warm-up and in the first timed call
+        return expected * (1.01 if next(calls) > harness.WARM_UP else 1.0)
+
+    case = Case("late", 1, [Contender("late", run, 1, BOUND)], expected, "late")
+    with pytest.raises(DisagreementError, match="late"):
+        harness.measure(case, repeats=3, device=CPU)
+
+
+@pytest.mark.parametrize("baseline", ["same", "other"])
+def test_a_case_names_its_contenders(baseline):
+    same = Contender("same", torch.ones, 1, BOUND)
+    contenders = [same, same] if baseline == "same" else [same]
+    with pytest.raises(ValueError, match=f"{baseline!r} be one of them"):
+        Case("some", 1, contenders, torch.ones(1), baseline)
+
+
+def test_a_wrong_contender_leaves_no_speed_anywhere(bench_encoder, monkeypatch, tmp_path, capsys):
+    right = bench_encoder.peers.Packed.__call__
+    monkeypatch.setattr(
+        bench_encoder.peers.Packed, "__call__", lambda *arguments: 1.01 * right(*arguments)
+    )
+    output = tmp_path / "results"
+    assert bench_encoder.main(["--smoke", "--device=cpu", f"--output={output}"]) == 1
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert "no speed is reported" in printed.err
+    assert "nomoe (torch)" in printed.err
+    assert not output.exists()
+
+
+def test_16_bits_agree_within_their_bounds(bench_encoder, tmp_path, capsys):
+    command = ["--smoke", "--device=cpu", "--dtype=bfloat16", "--repeats=1"]
+    assert bench_encoder.main([*command, f"--output={tmp_path}"]) == 0
+    assert "dtype bfloat16" in capsys.readouterr().out
+    assert len(list(tmp_path.glob("*-bench_encoder-cpu-bfloat16-smoke.*"))) == 2
+
+
+# --- timing ---
+
+
+def test_interleave_times_every_run_once_a_round(monkeypatch):
+    now = 0.0
+    calls, inspected = [], []
+
+    def runner(name, taken):
+        def run():
+            nonlocal now
+            # the warm-up is far slower, and must not show
+            now += taken if len(calls) >= 2 * 3 else 1000.0
+            calls.append(name)
+            return name
+
+        return run
+
+    def inspect(name, output):
+        nonlocal now
+        now += 50.0
+        inspected.append((name, output))
+
+    monkeypatch.setattr(harness.time, "perf_counter", lambda: now)
+    runs = {name: runner(name, taken) for name, taken in (("a", 1.0), ("b", 2.0), ("c", 4.0))}
+    seconds = harness.interleave(runs, repeats=10, device=CPU, inspect=inspect, warm_up=2)
+
+    assert seconds == {"a": [1.0] * 10, "b": [2.0] * 10, "c": [4.0] * 10}
+    rounds = [calls[start : start + 3] for start in range(0, len(calls), 3)]
+    every_order = sorted(map(list, itertools.permutations("abc")))
+    assert sorted(rounds[:6]) == sorted(rounds[6:]) == every_order
+    assert inspected == [(name, name) for name in calls]
+
+
+def test_derived_figures():
+    # 10, 20, 30, 40, 50 ms out of order: percentiles interpolate between neighbours
+    fast = harness.Result(
+        Contender("fast", torch.ones, 6 * 10**9, BOUND),
+        Deviation(1e-12, 1e-6),
+        [0.05, 0.01, 0.04, 0.02, 0.03],
+    )
+    slow = harness.Result(Contender("slow", torch.ones, 10**9, None), None, [0.06] * 5)
+    case = Case("some", 300, [fast.contender, slow.contender], torch.ones(1), "slow")
+    record = harness.make_record(
+        "bench",
+        [(case, [fast, slow])],
+        command="python it",
+        machine="this one",
+        settings={},
+        not_run={"other": "not installed"},
+    )
+    first, second = record["cases"][0]["contenders"]
+    figures = ("median_ms", "p20_ms", "p80_ms", "tokens_per_s", "tflop_per_s", "ratio")
+    assert [first[name] for name in figures] == pytest.approx([30, 18, 42, 10_000, 0.2, 2.0])
+    assert [second[name] for name in figures] == pytest.approx([60, 60, 60, 5000, 1 / 60, 1.0])
+    assert first["times_ms"] == pytest.approx([50, 10, 40, 20, 30])
+    assert first["deviation"] == {"cosine_distance": 1e-12, "max_abs": 1e-6}
+    assert "deviation" not in second
+
+    [row] = [line for line in harness.render(record).splitlines() if line.startswith("| fast")]
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells == ["fast", "10,000", "30.0", "18.0", "42.0", "0.2", "2.00", "1.0e-12"]
+    assert "Not run: other: not installed." in harness.render(record)
+
+
+def test_flop_of_the_real_model():
+    config = NomicMoEConfig.from_dict(data.real_config())
+    # MODEL.md: 226.6 MFLOP of projections per token and 36,864 for each token attended to
+    assert harness.projection_flop(config, 1) == pytest.approx(226.6e6, rel=2e-4)
+    extra = harness.forward_flop(config, [100, 7]) - harness.projection_flop(config, 107)
+    assert extra == 36_864 * (100**2 + 7**2)
+
+
+def test_ceiling_runs_the_products_of_the_forward(tiny):
+    texts = draw_texts([30, 3])
+    packed = peers.Packed(tiny)
+    routed = packed.routed_rows(texts)
+    assert [sum(rows) for rows in routed] == [2 * 33] * len(tiny.config.moe_layers)
+    ceiling = harness.linear_ceiling(tiny.config, tiny.state_dict(), routed)
+    expected = harness.projection_flop(tiny.config, 33)
+    for run in (ceiling, lambda: packed(texts)):
+        with FlopCounterMode(display=False) as counter:
+            run()
+        products = counter.get_flop_counts()["Global"]
+        names = ("mm", "addmm")
+        found = sum(flop for op, flop in products.items() if op.__name__ in names)
+        assert found == expected
+
+
+# --- results ---
+
+
+def test_smoke_run_writes_its_results(tmp_path):
+    command = ["benchmarks/bench_encoder.py", "--smoke", "--device=cpu", "--repeats=2"]
+    # two threads on a busy machine spend their time waiting for each other
+    command.append("--threads=1")
+    search = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    done = subprocess.run(
+        [sys.executable, *command, "--output", str(tmp_path)],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": search},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    markdown, record = sorted(tmp_path.iterdir(), key=lambda path: path.suffix, reverse=True)
+    assert record.name == markdown.with_suffix(".json").name
+    assert record.name.endswith("-bench_encoder-cpu-float32-smoke.json")
+    assert done.stdout.strip() == markdown.read_text(encoding="utf-8").strip()
+
+    content = json.loads(record.read_text(encoding="utf-8"))
+    assert record.name.startswith(content["date"])
+    assert content["command"] == f"python {' '.join(command)} --output {tmp_path}"
+    for part in ("threads used: 1)", "Python 3.", f"torch {torch.__version__}", "nomoe "):
+        assert part in content["machine"]
+    assert content["settings"]["dtype"] == "float32"
+    assert len(content["cases"]) == 3
+    for case in content["cases"]:
+        nomoe, loop, ceiling = case["contenders"]
+        assert [one["name"] for one in (nomoe, loop)] == ["nomoe (torch)", "padded loop"]
+        assert case["baseline"] == "padded loop"
+        assert loop["ratio"] == 1
+        assert nomoe["ratio"] == pytest.approx(loop["median_ms"] / nomoe["median_ms"])
+        assert nomoe["flop"] == loop["flop"] > ceiling["flop"]
+        for one in case["contenders"]:
+            assert len(one["times_ms"]) == 2
+            assert 0 < one["p20_ms"] <= one["median_ms"] <= one["p80_ms"]
+            assert one["tokens_per_s"] == pytest.approx(1e3 * case["tokens"] / one["median_ms"])
+        assert all(one["deviation"]["max_abs"] <= 1e-4 for one in (nomoe, loop))
+
+
+def test_results_are_never_replaced(tmp_path):
+    record = harness.make_record("b", [], command="c", machine="m", settings={}, not_run={})
+    first = harness.write_results(record, tmp_path / "new", "b-cpu")
+    before = [path.read_bytes() for path in first]
+    second = harness.write_results(record, tmp_path / "new", "b-cpu")
+    date = record["date"]
+    assert [path.name for path in first] == [f"{date}-b-cpu.json", f"{date}-b-cpu.md"]
+    assert [path.name for path in second] == [f"{date}-b-cpu-2.json", f"{date}-b-cpu-2.md"]
+    assert [path.read_bytes() for path in first] == before
+
+
+def test_the_command_line_names_the_script_from_the_root(monkeypatch):
+    monkeypatch.setattr(sys, "argv", [str(ROOT / "benchmarks" / "bench_encoder.py"), "--smoke"])
+    found = harness.command_line(["--output", "two words"])
+    assert found == "python benchmarks/bench_encoder.py --output 'two words'"
+
+
+@pytest.mark.parametrize("option", ["--repeats", "--threads"])
+def test_counts_below_one_are_refused(option, bench_encoder, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        bench_encoder.main(["--smoke", f"{option}=0"])
+    assert stopped.value.code == 2
+    assert f"{option} is 0" in capsys.readouterr().err
