@@ -218,8 +218,11 @@ def _verify(options: argparse.Namespace) -> int:
             options.code_revision or (pinned["remote_code_revision"] if default else None),
         )
     print(table(checks))
-    missed = sum(check.result == "MISS" for check in checks)
-    print(f"\n{missed} of {len(checks)} checks missed" if missed else "\nall checks hold")
+    missed, skipped = (
+        sum(check.result == result for check in checks) for result in ("MISS", "skipped")
+    )
+    verdict = f"{missed} of {len(checks)} checks missed" if missed else "all checks hold"
+    print(f"\n{verdict}" + (f"; skipped: {skipped}" if skipped else ""))
     return 1 if missed else 0
 
 
