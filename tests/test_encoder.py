@@ -260,7 +260,10 @@ def test_max_seq_length(encoder: Encoder, tiny_folder: Path) -> None:
     encoder.max_seq_length = 16
     assert len(encoder.encode(LONG, "query", output_value="token_embeddings")) == 16
     longer = Encoder.from_pretrained(tiny_folder, max_seq_length=2048)
-    assert len(longer.encode(LONG, "query", output_value="token_embeddings")) == 2048
+    for text in (LONG, LONG[: len(LONG) // 2], 2 * LONG):
+        whole = len(encoder.tokenizer.backend.encode("search_query: " + text).ids)
+        rows = longer.encode(text, "query", output_value="token_embeddings")
+        assert len(rows) == min(whole, 2048)
     for wrong in (2, 2049, 12.5, None):
         with pytest.raises(ValueError, match="expected 3 to 2048 tokens"):
             encoder.max_seq_length = wrong  # type: ignore[assignment]
