@@ -102,12 +102,14 @@ def locate(
     Raises:
         FileNotFoundError: Neither a folder nor a repository, or not in the cache while offline.
         PermissionError: The Hub refuses access.
-        ValueError: The revision does not exist.
+        ValueError: The revision does not exist, or is asked of a folder.
         ConnectionError: The Hub could not be reached, or the download broke.
     """
     repo = str(name_or_path)
     folder = Path(name_or_path).expanduser()
     if repo and folder.is_dir():
+        if revision is not None:
+            raise ValueError(f"{repo} is a local folder, which has no revision {revision!r}")
         return folder
     if repo and folder.exists():
         raise FileNotFoundError(f"{repo} is a file; expected the folder that holds {CONFIG_FILE}")

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import argparse
 import logging
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from . import __version__
+
+if TYPE_CHECKING:
+    from .encoder import Encoder
 
 # from checkpoint.py, which would import torch
 _DEFAULT_REPO = "nomic-ai/nomic-embed-text-v2-moe"
@@ -27,6 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "route": _route,
         "info": _info,
     }[options.command]
+    # ended politely, a command still removes its unfinished output
+    earlier = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         return command(options)
     except KeyboardInterrupt:
@@ -38,6 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"nomoe: error: {error}", file=sys.stderr)
         return 2
+    finally:
+        signal.signal(signal.SIGTERM, earlier)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -102,6 +111,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     route.add_argument("--prompt", default="document", metavar="NAME", help="(default: document)")
     route.add_argument("--column", default="text", help="(default: text)")
+    route.add_argument("--overwrite", action="store_true", help="replace PICTURE if it exists")
     _add_model_options(route)
 
     info = add("info", "Show versions, the device, and the backend in use and why.")
@@ -132,28 +142,28 @@ def _demo(options: argparse.Namespace) -> int:
 def _embed(options: argparse.Namespace) -> int:
     from itertools import tee
 
-    from .encoder import Encoder
-    from .files import atomic_output, check_output, read_rows, write_jsonl, write_npy
-    from .tokenizer import check_texts
-
-    check_output(options.output, overwrite=options.overwrite)
-    # the whole input is read once before the model is, so that a bad line costs no work
-    total = 0
-    for row in read_rows(options.input, options.column):
-        check_texts([row.text], total)
-        total += 1
-    encoder = Encoder.from_pretrained(
-        options.model,
-        revision=options.revision,
-        device=options.device,
-        dtype=options.dtype,
-        backend=options.backend,
-        max_seq_length=options.max_seq_length,
-        truncate_dim=options.dim,
+    from .files import (
+        OUTPUT_SUFFIXES,
+        atomic_output,
+        check_output,
+        read_rows,
+        write_jsonl,
+        write_npy,
     )
-    rows, texts = tee(read_rows(options.input, options.column))
+
+    check_output(options.output, OUTPUT_SUFFIXES, overwrite=options.overwrite)
+    # the whole input is read once before the model is, so that a bad line costs no work
+    total = sum(1 for _ in _texts(options))
+    encoder = _load(options, max_seq_length=options.max_seq_length, truncate_dim=options.dim)
+    to_jsonl = options.output.suffix == ".jsonl"
+    texts: Iterator[str]
+    if to_jsonl:
+        rows, ahead = tee(read_rows(options.input, options.column))
+        texts = (row.text for row in ahead)
+    else:
+        texts = _texts(options)
     parts = encoder.stream(
-        (row.text for row in texts),
+        texts,
         prompt_name=options.prompt or None,
         prompt=None if options.prompt else "",
         precision=options.precision,
@@ -161,7 +171,7 @@ def _embed(options: argparse.Namespace) -> int:
         total=total,
     )
     with atomic_output(options.output) as file:
-        if options.output.suffix == ".jsonl":
+        if to_jsonl:
             write_jsonl(file, rows, parts)
         else:
             example = encoder.encode([], precision=options.precision)
@@ -170,11 +180,32 @@ def _embed(options: argparse.Namespace) -> int:
     return 0
 
 
+def _texts(options: argparse.Namespace) -> Iterator[str]:
+    """Read and check the texts of the input file, one at a time."""
+    from .files import read_rows
+    from .tokenizer import check_texts
+
+    for position, row in enumerate(read_rows(options.input, options.column)):
+        check_texts([row.text], position)
+        yield row.text
+
+
+def _load(options: argparse.Namespace, **settings: Any) -> Encoder:
+    from .encoder import Encoder
+
+    given = {
+        "revision": options.revision,
+        "device": options.device,
+        "dtype": options.dtype,
+        "backend": options.backend,
+    }
+    return Encoder.from_pretrained(options.model, **(given | settings))
+
+
 def _verify(options: argparse.Namespace) -> int:
     import torch
 
     from . import data
-    from .encoder import Encoder
     from .model import resolve_device, resolve_dtype
     from .moe import select_backend
     from .verify import Check, table, verify_golden, verify_published, verify_reference
@@ -186,37 +217,36 @@ def _verify(options: argparse.Namespace) -> int:
     backend = select_backend(options.backend, device)
     named = str(dtype).removeprefix("torch.")
     print(f"backend {backend.name} on {device} in {named}; torch {torch.__version__}\n", flush=True)
-    checks = verify_golden(device, dtype, options.backend)
 
     default = options.model == _DEFAULT_REPO
+    # asked for by name, or needed for the reference, the weights have to be there
+    needed = options.reference or not default
     encoder = None
     try:
-        encoder = Encoder.from_pretrained(
-            options.model,
-            revision=options.revision,
-            device=device,
-            dtype=torch.float32,
-            backend=options.backend,
-            # with --reference everything is downloaded anyway
-            local_files_only=default and not options.reference,
-        )
+        encoder = _load(options, dtype=torch.float32, local_files_only=not needed)
     except FileNotFoundError:
-        if not default:
+        if needed:
             raise
-        checks.append(
-            Check("published figures", "the weights are not in the local cache", "", "skipped")
-        )
-    if encoder is not None and (default or not options.reference):
+    checks = verify_golden(device, dtype, options.backend)
+    if encoder is None:
+        absent = "the weights are not in the local cache"
+        checks.append(Check("published figures", absent, "", "skipped"))
+    elif default or not options.reference:
         checks += verify_published(encoder)
     if options.reference:
         assert encoder is not None
         pinned = data.published()["checkpoint"]
-        checks += verify_reference(
-            encoder,
-            options.model,
-            options.revision or (pinned["revision"] if default else None),
-            options.code_revision or (pinned["remote_code_revision"] if default else None),
-        )
+        try:
+            checks += verify_reference(
+                encoder,
+                options.model,
+                options.revision or (pinned["revision"] if default else None),
+                options.code_revision or (pinned["remote_code_revision"] if default else None),
+            )
+        except RuntimeError:
+            # what was found so far is not lost
+            print(table(checks), flush=True)
+            raise
     print(table(checks))
     missed, skipped = (
         sum(check.result == result for check in checks) for result in ("MISS", "skipped")
@@ -227,22 +257,17 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _route(options: argparse.Namespace) -> int:
-    from .encoder import Encoder
-    from .files import read_rows
+    from .files import check_output
+    from .routes import PICTURE_SUFFIXES
 
     picture = options.output or options.input.with_name(options.input.name + ".routes.png")
     drawable = find_spec("matplotlib") is not None
     if options.output and not drawable:
         raise ImportError("the picture needs matplotlib: pip install 'nomoe[plot]'")
-    texts = [row.text for row in read_rows(options.input, options.column)]
-    encoder = Encoder.from_pretrained(
-        options.model,
-        revision=options.revision,
-        device=options.device,
-        dtype=options.dtype,
-        backend=options.backend,
-    )
-    routes = encoder.route(
+    if drawable:
+        check_output(picture, PICTURE_SUFFIXES, overwrite=options.overwrite)
+    texts = list(_texts(options))
+    routes = _load(options).route(
         texts, prompt_name=options.prompt or None, prompt=None if options.prompt else ""
     )
     tokens = sum(len(one) for one in routes.tokens)

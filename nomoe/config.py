@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import math
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,19 +33,35 @@ _FIXED: dict[str, tuple[Any, ...]] = {
     "num_shared_experts": (0, None),
     "ffn_div": (1,),
     "quantization_config": (None,),
+    # how transformers 5 writes rotary settings
+    "rope_parameters": (None,),
+    "rope_scaling": (None,),
 }
 # the reference code's default for these is another one (gelu_new, 0.0), so silence is no consent
 _MUST_BE_STATED = ("activation_function", "rotary_emb_fraction")
 
+# far above any such model, so that a damaged file is refused before anything is built from it
+_MOST = {
+    "vocab_size": 10_000_000,
+    "n_embd": 65_536,
+    "n_head": 4096,
+    "n_layer": 1000,
+    "n_inner": 1_000_000,
+    "n_positions": 1_000_000,
+    "num_experts": 4096,
+    "pad_vocab_size_multiple": 1_000_000,
+    "type_vocab_size": 1000,
+}
+
 # keys that change nothing nomoe computes: training, other heads, other implementations' switches
 _WITHOUT_EFFECT = frozenset(
     """
-    _name_or_path add_pooling_layer architectures attn_pdrop auto_map bos_token_id dense_seq_output
-    dtype embd_pdrop eos_token_id fused_bias_fc fused_dropout_add_ln initializer_range
-    max_trained_positions moe_impl moe_resid_pdrop parallel_block_tied_norm reorder_and_upcast_attn
-    resid_pdrop summary_activation summary_first_dropout summary_proj_to_labels summary_type
-    summary_use_proj tie_word_embeddings torch_dtype transformers_version use_cache use_flash_attn
-    use_xentropy
+    _name_or_path add_pooling_layer architectures attn_pdrop auto_map bos_token_id
+    dense_seq_output dtype embd_pdrop eos_token_id fused_bias_fc fused_dropout_add_ln
+    initializer_range max_trained_positions moe_impl moe_resid_pdrop parallel_block_tied_norm
+    reorder_and_upcast_attn resid_pdrop router_aux_loss_coef summary_activation
+    summary_first_dropout summary_proj_to_labels summary_type summary_use_proj tie_word_embeddings
+    torch_dtype transformers_version use_cache use_flash_attn use_xentropy
     """.split()
 )
 
@@ -78,8 +94,6 @@ class NomicMoEConfig:
     n_positions: int = 2048
     # divide each token's K expert weights by their sum
     moe_normalize_expert_weights: bool = False
-    # coefficient of the load-balancing loss; used in training only
-    router_aux_loss_coef: float = 0.1
     # the word-embedding table is rounded up to a multiple of this
     pad_vocab_size_multiple: int = 1
     # rows of the token-type table, of which only row 0 is used
@@ -99,14 +113,12 @@ class NomicMoEConfig:
                 if not isinstance(value, bool):
                     raise ValueError(f"{field.name} must be true or false, not {value!r}")
             elif field.type == "float":
-                if not _is_number(value) or not math.isfinite(value):
-                    raise ValueError(f"{field.name} must be a finite number, not {value!r}")
+                if not _is_number(value) or not abs(value) <= sys.float_info.max:
+                    raise ValueError(f"{field.name} must be a finite number, not {value!r:.40}")
             elif not isinstance(value, int) or isinstance(value, bool):
                 raise ValueError(f"{field.name} must be a whole number, not {value!r}")
-        for name in ("vocab_size", "n_embd", "n_head", "n_layer", "n_inner", "n_positions"):
-            self._require(name, getattr(self, name) >= 1, "at least 1")
-        for name in ("num_experts", "pad_vocab_size_multiple", "type_vocab_size"):
-            self._require(name, getattr(self, name) >= 1, "at least 1")
+        for name, most in _MOST.items():
+            self._require(name, 1 <= getattr(self, name) <= most, f"1 to {most:,}")
         self._require(
             "n_embd", self.n_embd % self.n_head == 0, f"a multiple of n_head={self.n_head}"
         )
@@ -165,7 +177,7 @@ class NomicMoEConfig:
             values = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise FileNotFoundError(f"no config.json at {path}") from None
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
             raise ValueError(f"{path} is not JSON: {error}") from error
         if not isinstance(values, dict):
             raise ValueError(f"{path} holds {type(values).__name__}, expected a JSON object")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -13,8 +14,9 @@ import torch
 from torch import Tensor
 
 from . import pipeline, similarity
-from .checkpoint import DEFAULT_REPO, TOKENIZER_FILE, locate
-from .model import NomicMoEModel, resolve_device
+from .checkpoint import CONFIG_FILE, DEFAULT_REPO, TOKENIZER_FILE, locate
+from .config import NomicMoEConfig
+from .model import NomicMoEModel, resolve_device, resolve_dtype
 from .moe import BackendName, select_backend
 from .pipeline import Plan
 from .quantize import Precision, check_precision, quantize
@@ -47,7 +49,7 @@ class Encoder:
         truncate_dim: Keep only the first features (Matryoshka); None keeps all.
 
     Attributes:
-        prompts: Prompt by name; "document" is always there.
+        prompts: Prompt by name; where the repository has "passage", "document" is there too.
     """
 
     def __init__(
@@ -65,7 +67,7 @@ class Encoder:
         self.default_prompt_name = settings.default_prompt_name
         self._normalizes = settings.normalizes
         self.max_seq_length = settings.max_seq_length if max_seq_length is None else max_seq_length
-        self.truncate_dim = self._check_dim(truncate_dim)
+        self.truncate_dim = truncate_dim
         self._noted_missing_prompt = False
 
     @classmethod
@@ -107,6 +109,7 @@ class Encoder:
             RuntimeError: The backend or device cannot run here.
         """
         device = resolve_device(device)
+        dtype = resolve_dtype(dtype, device)
         select_backend(backend, device, batch_invariant=batch_invariant)
         folder = locate(
             name_or_path,
@@ -115,11 +118,15 @@ class Encoder:
             cache_dir=cache_dir,
             local_files_only=local_files_only,
         )
+        # the small files first, so that nothing is found wrong only after the weights are read
+        config = NomicMoEConfig.from_json(folder / CONFIG_FILE)
         settings = read_sentence_settings(folder)
+        _check_length(max_seq_length or settings.max_seq_length, config)
+        _check_dim(truncate_dim, config)
+        tokenizer = Tokenizer(folder / TOKENIZER_FILE, config.embedding_rows)
         model = NomicMoEModel.from_pretrained(
             folder, device=device, dtype=dtype, backend=backend, batch_invariant=batch_invariant
         )
-        tokenizer = Tokenizer(folder / TOKENIZER_FILE, model.config.embedding_rows)
         return cls(
             model, tokenizer, settings, max_seq_length=max_seq_length, truncate_dim=truncate_dim
         )
@@ -131,10 +138,16 @@ class Encoder:
 
     @max_seq_length.setter
     def max_seq_length(self, value: int) -> None:
-        most = self.model.config.n_positions
-        if not isinstance(value, int) or not 3 <= value <= most:
-            raise ValueError(f"max_seq_length is {value!r}, expected 3 to {most} tokens")
-        self._max_seq_length = value
+        self._max_seq_length = _check_length(value, self.model.config)
+
+    @property
+    def truncate_dim(self) -> int | None:
+        """Features to keep (Matryoshka); None keeps all."""
+        return self._truncate_dim
+
+    @truncate_dim.setter
+    def truncate_dim(self, value: int | None) -> None:
+        self._truncate_dim = _check_dim(value, self.model.config)
 
     @property
     def device(self) -> torch.device:
@@ -255,7 +268,9 @@ class Encoder:
                     rows = [row["token_embeddings"] for row in rows]
                 return rows[0] if single else rows
             parts = [pipeline.embed(self.model, tokens, plan, bar) for tokens in windows]
-        vectors = torch.cat([torch.empty(0, plan.dim, device=self.device), *parts])
+        vectors = torch.cat(
+            [torch.empty(0, plan.dim, dtype=torch.float32, device=self.device), *parts]
+        )
         if precision != "float32":
             quantized = quantize(vectors.cpu().numpy(), precision, ranges)
             vectors = torch.from_numpy(quantized).to(self.device)
@@ -264,13 +279,27 @@ class Encoder:
             result = vectors.cpu().numpy() if convert_to_numpy else list(vectors)
         return result[0] if single else result
 
-    def encode_query(self, inputs: str | Sequence[str], **options: Any) -> Any:
-        """Embed queries: `encode` with the prompt "query" unless another one is given."""
-        return self.encode(inputs, **self._with_prompt("query", options))
+    def encode_query(
+        self,
+        inputs: str | Sequence[str],
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        *arguments: Any,
+        **options: Any,
+    ) -> Any:
+        """Embed queries: `encode`, its parameters too, with the prompt "query" by default."""
+        return self.encode(inputs, prompt_name or "query", prompt, *arguments, **options)
 
-    def encode_document(self, inputs: str | Sequence[str], **options: Any) -> Any:
-        """Embed documents: `encode` with the prompt "document" unless another one is given."""
-        return self.encode(inputs, **self._with_prompt("document", options))
+    def encode_document(
+        self,
+        inputs: str | Sequence[str],
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        *arguments: Any,
+        **options: Any,
+    ) -> Any:
+        """Embed documents: `encode`, its parameters too, with the prompt "document" by default."""
+        return self.encode(inputs, prompt_name or "document", prompt, *arguments, **options)
 
     def stream(
         self,
@@ -397,11 +426,6 @@ class Encoder:
         """Cosine similarity row by row, (n,) float32; see `nomoe.similarity.cosine_pairwise`."""
         return similarity.cosine_pairwise(embeddings1, embeddings2)
 
-    def _with_prompt(self, name: str, options: dict[str, Any]) -> dict[str, Any]:
-        if options.get("prompt") is None and options.get("prompt_name") is None:
-            return options | {"prompt_name": name}
-        return options
-
     def _prefix(self, prompt_name: str | None, prompt: str | None) -> str:
         if prompt is not None:
             if not isinstance(prompt, str):
@@ -435,14 +459,6 @@ class Encoder:
                 )
             yield text
 
-    def _check_dim(self, dim: int | None) -> int | None:
-        most = self.model.config.n_embd
-        if dim is not None and (
-            not isinstance(dim, int) or isinstance(dim, bool) or not 1 <= dim <= most
-        ):
-            raise ValueError(f"truncate_dim is {dim!r}, expected 1 to {most}")
-        return dim
-
     def _plan(
         self,
         prompt_name: str | None,
@@ -458,10 +474,16 @@ class Encoder:
     ) -> Plan:
         """Check a call's settings before anything is computed."""
         prefix = self._prefix(prompt_name, prompt)
-        dim = self._check_dim(truncate_dim) or self.get_embedding_dimension()
+        dim = _check_dim(truncate_dim, self.model.config) or self.get_embedding_dimension()
         check_precision(precision, dim, ranges)
+        unit = normalize or (self._normalizes and dim == self.model.config.n_embd)
+        if precision in ("int8", "uint8") and ranges is None and not unit:
+            raise ValueError(
+                f"the fixed range of {precision} is for unit vectors; give ranges= or leave "
+                "normalize_embeddings on"
+            )
         for name, value in (("batch_size", batch_size), ("batch_tokens", batch_tokens)):
-            if value is not None and (not isinstance(value, int) or value < 1):
+            if value is not None and (_whole(value) or 0) < 1:
                 raise ValueError(f"{name} is {value!r}, expected at least 1")
         if on_too_long not in ("warn", "error"):
             raise ValueError(f"on_too_long is {on_too_long!r}, expected 'warn' or 'error'")
@@ -487,7 +509,9 @@ def _as_list(inputs: str | Sequence[str]) -> list[str]:
     if isinstance(inputs, str):
         inputs = [inputs]
     sequence = hasattr(inputs, "__len__") and hasattr(inputs, "__getitem__")
-    if not sequence or isinstance(inputs, bytes | bytearray | Mapping):
+    # iterating over a data frame gives the names of its columns
+    table = isinstance(inputs, Mapping) or hasattr(inputs, "columns")
+    if not sequence or table or isinstance(inputs, bytes | bytearray):
         raise TypeError(
             f"inputs is {type(inputs).__name__}, expected a str or a sequence of str; stream() "
             "takes any iterable of str"
@@ -495,3 +519,26 @@ def _as_list(inputs: str | Sequence[str]) -> list[str]:
     texts = list(inputs)
     check_texts(texts)
     return texts
+
+
+def _check_dim(dim: int | None, config: NomicMoEConfig) -> int | None:
+    if dim is None:
+        return None
+    number = _whole(dim)
+    if number is None or not 1 <= number <= config.n_embd:
+        raise ValueError(f"truncate_dim is {dim}, expected 1 to {config.n_embd}")
+    return number
+
+
+def _check_length(length: int, config: NomicMoEConfig) -> int:
+    number = _whole(length)
+    if number is None or not 3 <= number <= config.n_positions:
+        raise ValueError(f"max_seq_length is {length}, expected 3 to {config.n_positions} tokens")
+    return number
+
+
+def _whole(value: object) -> int | None:
+    """Return a whole number of any type, numpy's included, as int; None for anything else."""
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        return None
+    return operator.index(value)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
-from collections.abc import Iterator
+import secrets
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -71,47 +71,46 @@ def read_rows(path: Path, column: str) -> Iterator[Row]:
             yield Row(text, columns)
 
 
-def check_output(path: Path, *, overwrite: bool) -> None:
+def check_output(path: Path, suffixes: Sequence[str], *, overwrite: bool) -> None:
     """Refuse an output that cannot be written, before any work.
 
     Raises:
-        ValueError: An unknown suffix.
+        ValueError: Another suffix.
+        FileNotFoundError: Its folder is absent.
         FileExistsError: It exists, and `overwrite` is not set.
-        OSError: Its folder is absent or not writable.
+        OSError: Its folder is not writable.
     """
-    if path.suffix not in OUTPUT_SUFFIXES:
-        raise ValueError(f"{path} has suffix {path.suffix!r}, expected .npy or .jsonl")
+    if path.suffix not in suffixes:
+        raise ValueError(f"{path} has suffix {path.suffix!r}, expected {' or '.join(suffixes)}")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"there is no folder {path.parent} to write {path.name} into")
     if path.is_dir():
         raise FileExistsError(f"{path} is a folder")
     if path.exists() and not overwrite:
         raise FileExistsError(f"{path} exists; --overwrite replaces it")
-    with tempfile.TemporaryFile(dir=path.parent):
-        pass
+    trial = _beside(path)
+    trial.touch(exist_ok=False)
+    trial.unlink()
 
 
 @contextmanager
 def atomic_output(path: Path) -> Iterator[BinaryIO]:
     """Open a temporary file beside `path`, which takes its name only if the block ends well."""
-    with tempfile.NamedTemporaryFile(
-        dir=path.parent, prefix=f".{path.name}.", delete=False
-    ) as file:
-        try:
-            yield file  # type: ignore[misc]  # typeshed's wrapper is a BinaryIO in all but name
+    unfinished = _beside(path)
+    try:
+        # not tempfile, whose files are private: the result is to be as open as any new file
+        with unfinished.open("xb") as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
-            # a temporary file is private; the result is to be as open as any new file
-            os.chmod(file.name, new_file_mode())
-            os.replace(file.name, path)
-        except BaseException:
-            os.unlink(file.name)
-            raise
+        os.replace(unfinished, path)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
 
 
-def new_file_mode() -> int:
-    """Return the mode a newly made file has."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return 0o666 & ~mask
+def _beside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}")
 
 
 def write_npy(
@@ -145,7 +144,12 @@ def write_jsonl(file: BinaryIO, rows: Iterator[Row], parts: Iterator[npt.NDArray
                 if vector.dtype == np.float32
                 else vector.tolist()
             )
-            line = json.dumps(next(rows).columns | {VECTOR_COLUMN: numbers}, ensure_ascii=False)
-            file.write(line.encode("utf-8", "surrogatepass") + b"\n")
+            columns = next(rows).columns | {VECTOR_COLUMN: numbers}
+            try:
+                line = json.dumps(columns, ensure_ascii=False).encode()
+            except UnicodeEncodeError:
+                # a lone surrogate in a column that passes through has no UTF-8, only an escape
+                line = json.dumps(columns).encode()
+            file.write(line + b"\n")
             written += 1
     return written

@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from .checkpoint import DEFAULT_REPO, DEFAULT_REVISION, locate
+from .checkpoint import DEFAULT_REPO, DEFAULT_REVISION, find_weights, locate
 from .model import resolve_device, resolve_dtype
 from .moe import select_backend
 
@@ -51,7 +51,7 @@ def describe(device: str | None = None) -> Iterator[tuple[str, str]]:
     backend = select_backend("auto", resolved)
     yield "backend", f"{backend.name} ({backend.reason})"
     try:
-        locate(DEFAULT_REPO, local_files_only=True)
+        find_weights(locate(DEFAULT_REPO, local_files_only=True))
     except FileNotFoundError:
         cached = "not in the local cache"
     else:

@@ -269,6 +269,7 @@ class NomicMoEModel(nn.Module):
         shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         tensors = load_tensors(folder, shapes, dtype=dtype, device=device)
         model.load_state_dict(tensors, assign=True)
+        logger.info("backend %s (%s)", model.backend.name, model.backend.reason)
         return model.eval()
 
     @torch.no_grad()
@@ -338,7 +339,9 @@ class NomicMoEModel(nn.Module):
         lengths = real_BL.sum(dim=1).tolist()
         rows, columns_T = real_BL.nonzero(as_tuple=True)
         ids_T = input_ids[real_BL]
-        self._check(ids_T, lengths)
+        self._check_lengths(lengths)
+        # on CUDA this waits for the device, as the mask's row lengths did
+        self._check_ids(ids_T)
         # columns rather than counts, so that a gap in the mask keeps its distance
         packed = self._encode(
             ids_T.to(self.device),
@@ -384,8 +387,12 @@ class NomicMoEModel(nn.Module):
         """
         if isinstance(lengths, Tensor):
             _require_integers("lengths", lengths)
+            if lengths.dim() != 1:
+                raise ValueError(f"lengths is {tuple(lengths.shape)}, expected one dimension")
             lengths = lengths.tolist()
         lengths = list(lengths)
+        if not all(isinstance(length, int) for length in lengths):
+            raise ValueError("lengths holds something other than whole numbers")
         if ids_T.dim() != 1:
             raise ValueError(f"ids_T is {tuple(ids_T.shape)}, expected one dimension")
         _require_integers("ids_T", ids_T)
@@ -393,7 +400,9 @@ class NomicMoEModel(nn.Module):
             raise ValueError(
                 f"lengths {lengths[:8]}... must be at least 1 and add up to {len(ids_T)} tokens"
             )
-        self._check(ids_T, lengths)
+        self._check_lengths(lengths)
+        if not ids_T.is_cuda:
+            self._check_ids(ids_T)
         starts = torch.tensor([0, *lengths[:-1]]).cumsum(0)
         positions = torch.arange(len(ids_T)) - starts[: len(lengths)].repeat_interleave(
             torch.tensor(lengths, dtype=torch.int64), output_size=len(ids_T)
@@ -406,13 +415,15 @@ class NomicMoEModel(nn.Module):
             output_routing=output_routing,
         )
 
-    def _check(self, ids_T: Tensor, lengths: list[int]) -> None:
+    def _check_lengths(self, lengths: list[int]) -> None:
         longest = max(lengths, default=0)
         if longest > self.config.n_positions:
             raise ValueError(
                 f"a text has {longest} tokens, the model takes at most {self.config.n_positions}"
             )
-        if len(ids_T) and not ids_T.is_cuda:
+
+    def _check_ids(self, ids_T: Tensor) -> None:
+        if len(ids_T):
             low, high = (int(value) for value in ids_T.aminmax())
             if low < 0 or high >= self.config.embedding_rows:
                 raise ValueError(
@@ -431,7 +442,7 @@ class NomicMoEModel(nn.Module):
     ) -> NomicMoEOutput:
         ops = self.backend.ops
         packing = Packing(lengths, *rotary_angles(positions_T, self.config))
-        words_TD, type_D = self.embeddings(ids_T)
+        words_TD, type_D = self.embeddings(ids_T.long())
         x_TD = add_norm(ops, words_TD, type_D, self.emb_ln).to(self.dtype)
         hidden = [x_TD]
         routings = []
@@ -453,8 +464,8 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
     """Turn a device argument into a device; None means CUDA where there is one.
 
     Raises:
-        RuntimeError: CUDA is asked for and not available.
-        ValueError: Not the name of a device.
+        RuntimeError: The device is not available here.
+        ValueError: Not the name of a device that computes.
     """
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -464,6 +475,12 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
         raise ValueError(f"device is {device!r}: {error}") from error
     if resolved.type == "cuda" and not torch.cuda.is_available():
         raise RuntimeError(f"device is {device!r}, but torch finds no CUDA device here")
+    if resolved.type == "meta":
+        raise ValueError("device is 'meta', which computes nothing")
+    try:
+        torch.empty(1, device=resolved)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise RuntimeError(f"device is {device!r}, which torch cannot use here: {error}") from error
     return resolved
 
 

@@ -112,7 +112,7 @@ def pool(model: NomicMoEModel, batch: Batch, plan: Plan) -> Tensor:
 
 def embed(model: NomicMoEModel, tokens: Tokens, plan: Plan, bar: tqdm[Any]) -> Tensor:
     """Embed a window; (m, d) float32 on the model's device, in the window's order."""
-    vectors = torch.empty(len(tokens.ids), plan.dim, device=model.device)
+    vectors = torch.empty(len(tokens.ids), plan.dim, dtype=torch.float32, device=model.device)
     for batch in forward(model, tokens, plan, bar):
         vectors[batch.positions] = pool(model, batch, plan)
     return vectors

@@ -16,7 +16,7 @@ def check_precision(precision: str, dim: int, ranges: npt.ArrayLike | None) -> N
 
     Raises:
         ValueError: An unknown precision, a dimension that does not fill whole bytes for the binary
-            ones, or ranges that are not (2, dim) with minimum below maximum.
+            ones, or ranges that are not (2, dim) and finite with minimum below maximum.
     """
     if precision not in PRECISIONS:
         raise ValueError(f"precision is {precision!r}, expected one of {', '.join(PRECISIONS)}")
@@ -29,10 +29,14 @@ def check_precision(precision: str, dim: int, ranges: npt.ArrayLike | None) -> N
     if precision not in ("int8", "uint8"):
         raise ValueError(f"ranges= applies to int8 and uint8, not to {precision!r}")
     given = np.asarray(ranges, dtype=np.float32)
-    if given.shape != (2, dim) or not bool((given[0] < given[1]).all()):
+    if (
+        given.shape != (2, dim)
+        or not bool(np.isfinite(given).all())
+        or not bool((given[0] < given[1]).all())
+    ):
         raise ValueError(
-            f"ranges has shape {given.shape}, expected (2, {dim}): the minimum of each feature, "
-            "then its maximum, above it"
+            f"ranges has shape {given.shape}, expected (2, {dim}): the finite minimum of each "
+            "feature, then its maximum, above it"
         )
 
 

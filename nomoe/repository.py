@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .checkpoint import MODULES_FILE, POOLING_FILE, PROMPTS_FILE, SENTENCE_FILE
+from .tokenizer import check_texts
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +49,8 @@ def read_sentence_settings(folder: Path) -> SentenceSettings:
     normalizes = True
     pooling_file = folder / POOLING_FILE
     if modules is not None:
+        if not all(isinstance(module, dict) for module in modules):
+            raise ValueError(f"{folder / MODULES_FILE} is not a list of objects")
         kinds = [str(module.get("type", "")).rpartition(".")[2] for module in modules]
         if kinds not in (["Transformer", "Pooling", "Normalize"], ["Transformer", "Pooling"]):
             raise ValueError(
@@ -65,6 +68,8 @@ def read_sentence_settings(folder: Path) -> SentenceSettings:
 
     sentence = _read(folder / SENTENCE_FILE, dict) or {}
     length = sentence.get("max_seq_length") or TRAINED_LENGTH
+    if sentence.get("do_lower_case"):
+        raise ValueError(f"{folder / SENTENCE_FILE}: do_lower_case=true is unsupported")
     if not isinstance(length, int):
         raise ValueError(f"{folder / SENTENCE_FILE}: max_seq_length is {length!r}")
 
@@ -77,8 +82,9 @@ def read_sentence_settings(folder: Path) -> SentenceSettings:
     prompts = settings.get("prompts") or TRAINED_PROMPTS
     if not isinstance(prompts, dict) or not all(isinstance(p, str) for p in prompts.values()):
         raise ValueError(f"{folder / PROMPTS_FILE}: prompts must map names to strings")
+    check_texts(list(prompts.values()))
     default = settings.get("default_prompt_name")
-    if default is not None and default not in prompts:
+    if default is not None and default not in list(prompts):
         raise ValueError(f"{folder / PROMPTS_FILE}: default_prompt_name {default!r} is no prompt")
     # the repository calls it "passage"; SentenceTransformer.encode_document looks for "document",
     # and without this key embeds documents with no prefix at all
@@ -105,7 +111,7 @@ def _read(path: Path, expected: type) -> Any:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(value, expected):
         raise ValueError(f"{path} holds {type(value).__name__}, expected {expected.__name__}")

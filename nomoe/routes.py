@@ -8,6 +8,10 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from .files import atomic_output, check_output
+
+PICTURE_SUFFIXES = (".png", ".svg", ".pdf")
+
 
 @dataclass(frozen=True)
 class Routes:
@@ -52,15 +56,18 @@ class Routes:
         """Draw expert use by layer as a heat map.
 
         Args:
-            path: Where to write; the suffix gives the format (.png, .svg, .pdf).
+            path: Where to write, replacing what is there; .png, .svg or .pdf.
             title: A line above the picture.
 
         Raises:
+            ValueError, FileNotFoundError, OSError: The path cannot be written.
             ModuleNotFoundError: matplotlib is absent (`pip install nomoe[plot]`).
         """
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
+        path = Path(path)
+        check_output(path, PICTURE_SUFFIXES, overwrite=True)
         layers, experts = self.counts.shape
         shares = self.shares()
         figure = Figure(figsize=(1.6 + 0.75 * experts, 1.6 + 0.5 * layers), layout="constrained")
@@ -87,4 +94,5 @@ class Routes:
                     color="white" if dark else "black",
                 )
         figure.colorbar(image, label=f"share of routed tokens (even: {1 / experts:.1%})")
-        figure.savefig(path, dpi=150)
+        with atomic_output(path) as file:
+            figure.savefig(file, format=path.suffix[1:], dpi=150)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import zlib
 from collections import Counter
 from collections.abc import Mapping
@@ -22,6 +23,7 @@ from torch import Tensor
 from . import data
 from .checkpoint import (
     CONFIG_FILE,
+    INDEX_FILE,
     MODULES_FILE,
     POOLING_FILE,
     PROMPTS_FILE,
@@ -30,7 +32,6 @@ from .checkpoint import (
     WEIGHTS_FILE,
 )
 from .config import NomicMoEConfig
-from .files import new_file_mode
 from .model import NomicMoEModel
 from .moe import MoE, Ops
 from .repository import TRAINED_LENGTH, TRAINED_PROMPTS
@@ -64,21 +65,29 @@ def write_checkpoint(folder: str | Path, size: Size = "tiny", seed: int = 0) -> 
         The folder.
 
     Raises:
-        ValueError: An unknown size.
-        FileExistsError: The folder already holds a checkpoint.
+        ValueError: An unknown size, or a seed outside 0..2^32 - 1.
+        FileExistsError: The folder already holds a checkpoint, or a part of one.
     """
     if size not in ("tiny", "full"):
         raise ValueError(f"size is {size!r}, expected 'tiny' or 'full'")
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed is {seed}, expected 0 to 2^32 - 1")
+    values = data.real_config() | (_TINY if size == "tiny" else {})
+    text_files = _text_files(values)
     folder = Path(folder)
-    if (folder / WEIGHTS_FILE).exists():
-        raise FileExistsError(f"{folder} already holds a checkpoint")
+    taken = [
+        name
+        for name in (WEIGHTS_FILE, INDEX_FILE, TOKENIZER_FILE, *text_files)
+        if (folder / name).exists()
+    ]
+    if taken:
+        raise FileExistsError(f"{folder} already holds a checkpoint: {', '.join(taken)}")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "2_Normalize").mkdir(exist_ok=True)
 
-    values = data.real_config() | (_TINY if size == "tiny" else {})
     tokenizer = _build_tokenizer()
     tokenizer.save(str(folder / TOKENIZER_FILE))
-    for name, content in _text_files(values).items():
+    for name, content in text_files.items():
         path = folder / name
         path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -90,7 +99,7 @@ def write_checkpoint(folder: str | Path, size: Size = "tiny", seed: int = 0) -> 
     unfinished = folder / f".{WEIGHTS_FILE}.unfinished"
     save_file(model.state_dict(), unfinished, metadata={"format": "pt"})
     # safetensors makes it private
-    os.chmod(unfinished, new_file_mode())
+    shutil.copymode(folder / CONFIG_FILE, unfinished)
     os.replace(unfinished, folder / WEIGHTS_FILE)
     return folder
 

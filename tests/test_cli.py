@@ -8,6 +8,7 @@ import stat
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -97,6 +98,55 @@ def test_json_numbers_read_back_exactly(tmp_path: Path) -> None:
     assert np.array_equal(np.array([row["embedding"] for row in rows], np.float32), vectors)
 
 
+def test_what_has_no_utf8_passes_through_escaped(tmp_path: Path) -> None:
+    rows = [files.Row("a", {"title": "\ud800é"}), files.Row("b", {"title": "é"})]
+    with files.atomic_output(tmp_path / "out.jsonl") as file:
+        files.write_jsonl(file, iter(rows), iter([np.zeros((2, 1), np.float32)]))
+    written = (tmp_path / "out.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["title"] for line in written] == ["\ud800é", "é"]
+
+
+def test_embed_to_npy_holds_no_rows(
+    tmp_path: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows that are read ahead for the other format must not pile up for this one."""
+    source = tmp_path / "in.jsonl"
+    source.write_text("".join(f'{{"text": "t{i}"}}\n' for i in range(400)))
+    alive: weakref.WeakSet[Tracked] = weakref.WeakSet()
+    most = 0
+
+    class Tracked(dict):  # type: ignore[type-arg]
+        __hash__ = object.__hash__  # type: ignore[assignment]
+
+    def tracked(path: Path, column: str):  # type: ignore[no-untyped-def]
+        nonlocal most
+        for i in range(400):
+            columns = Tracked(text=f"t{i}")
+            alive.add(columns)
+            most = max(most, len(alive))
+            yield files.Row(columns["text"], columns)
+
+    monkeypatch.setattr(files, "read_rows", tracked)
+    out = tmp_path / "o.npy"
+    assert run("embed", source, "-o", out, "--model", tiny_folder, "--batch-tokens", 1) == 0
+    assert np.load(out).shape == (400, 96)
+    assert most < 50
+
+
+def test_sigterm_leaves_nothing(text_file: Path, tiny_folder: Path) -> None:
+    code = (
+        "import os, signal, sys, time; sys.path[:0] = ['.', 'kernels']\n"
+        "from nomoe import cli, model\n"
+        "def forward(*_, **__): os.kill(os.getpid(), signal.SIGTERM); time.sleep(60)\n"
+        "model.NomicMoEModel.forward_packed = forward\n"
+        f"cli.main(['embed', {str(text_file)!r}, '-o', {str(text_file.with_name('o.npy'))!r}, "
+        f"'--model', {str(tiny_folder)!r}])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, timeout=60)
+    assert done.returncode == 143
+    assert os.listdir(text_file.parent) == [text_file.name]
+
+
 def test_npy_of_many_parts(tmp_path: Path) -> None:
     parts = [np.full((n, 3), n, np.float32) for n in (0, 1, 1000, 99_999)]
     with files.atomic_output(tmp_path / "out.npy") as file:
@@ -157,7 +207,7 @@ def test_outputs_that_cannot_be(
     for target, message in (
         (out, "exists; --overwrite replaces it"),
         (folder / "vectors.csv", "expected .npy or .jsonl"),
-        (folder / "absent" / "vectors.npy", "absent"),
+        (folder / "absent" / "vectors.npy", "there is no folder"),
         (folder, "expected .npy or .jsonl"),
     ):
         assert run(*base, target) == 2
@@ -200,6 +250,12 @@ def test_route(text_file: Path, tiny_folder: Path, capsys: pytest.CaptureFixture
     assert "weight sum" in printed
     picture = text_file.with_name("texts.txt.routes.png")
     assert picture.read_bytes().startswith(b"\x89PNG")
+    assert run("route", text_file, "--model", tiny_folder) == 2
+    assert "exists; --overwrite replaces it" in capsys.readouterr().err
+    for name, message in (("x.xyz", "suffix '.xyz'"), ("absent/x.png", "there is no folder")):
+        target = text_file.with_name(name) if "/" not in name else text_file.parent / name
+        assert run("route", text_file, "--model", "absent/", "-o", target) == 2
+        assert message in capsys.readouterr().err
     svg = text_file.with_name("use.svg")
     assert run("route", text_file, "--model", tiny_folder, "-o", svg) == 0
     assert b"<svg" in svg.read_bytes()

@@ -67,6 +67,7 @@ UNSUPPORTED = [
     ("num_shared_experts", 1),
     ("ffn_div", 2),
     ("quantization_config", {"bits": 4}),
+    ("rope_parameters", {"rope_theta": 1e6}),
 ]
 
 
@@ -111,6 +112,10 @@ def test_silence_is_refused_where_the_reference_assumes_otherwise(
         ("layer_norm_epsilon", "small"),
         ("layer_norm_epsilon", float("nan")),
         ("rotary_emb_base", -1),
+        ("rotary_emb_base", 10**400),
+        ("n_embd", 96 * 10**30),
+        ("n_layer", 30_000),
+        ("num_experts", 10**9),
         ("pad_token_id", 300_000),
         ("type_vocab_size", 0),
         ("moe_normalize_expert_weights", 1),
@@ -150,7 +155,13 @@ def test_unknown_keys_are_ignored_and_logged(
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(b"{", "not JSON"), (b"[]", "holds list"), (b"\xff\xfe", "not JSON"), (b"", "not JSON")],
+    [
+        (b"{", "not JSON"),
+        (b"[]", "holds list"),
+        (b"\xff\xfe", "not JSON"),
+        (b"", "not JSON"),
+        (b"[" * 100_000, "not JSON"),
+    ],
 )
 def test_damaged_files(tmp_path: Path, content: bytes, message: str) -> None:
     (tmp_path / "config.json").write_bytes(content)

@@ -112,6 +112,9 @@ def test_matryoshka(encoder: Encoder, tiny_folder: Path) -> None:
     assert always.get_embedding_dimension() == always.get_sentence_embedding_dimension() == 32
     np.testing.assert_array_equal(always.encode(TEXTS[:5], "query"), cut)
     assert always.encode(TEXTS[:5], "query", truncate_dim=8).shape == (5, 8)
+    assert encoder.encode(TEXTS[:5], "query", truncate_dim=np.int64(8)).shape == (5, 8)
+    with pytest.raises(ValueError, match="expected 1 to 96"):
+        always.truncate_dim = 5000
     for wrong in (0, 97, -1, 2.5, True):
         with pytest.raises(ValueError, match=r"truncate_dim is .* expected 1 to 96"):
             encoder.encode(["a"], truncate_dim=wrong)  # type: ignore[arg-type]
@@ -430,6 +433,36 @@ def test_parameters_are_sentence_transformers_in_its_order() -> None:
     ours = list(inspect.signature(Encoder.encode).parameters)
     shared = theirs[: theirs.index("truncate_dim") + 1]
     assert ours[: len(shared)] == shared
+
+
+def test_query_and_document_take_encodes_parameters_by_position(encoder: Encoder) -> None:
+    for method, prompt in ((encoder.encode_query, "query"), (encoder.encode_document, "document")):
+        tensor = method(
+            TEXTS[:3], None, None, 2, False, "sentence_embedding", "float32", True, True
+        )
+        assert isinstance(tensor, torch.Tensor)
+        expected = encoder.encode(TEXTS[:3], prompt_name=prompt, batch_size=2)
+        np.testing.assert_array_equal(tensor.numpy(), expected)
+        assert method([], truncate_dim=4).shape == (0, 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_torchs_default_dtype_changes_nothing(encoder: Encoder, dtype: torch.dtype) -> None:
+    expected = encoder.encode_query(TEXTS[:5])
+    torch.set_default_dtype(dtype)
+    try:
+        np.testing.assert_array_equal(encoder.encode_query(TEXTS[:5]), expected)
+        assert encoder.encode_query([]).dtype == np.float32
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_fixed_ranges_are_for_unit_vectors(encoder: Encoder) -> None:
+    short: dict[str, Any] = {"truncate_dim": 8, "normalize_embeddings": False}
+    with pytest.raises(ValueError, match="for unit vectors"):
+        encoder.encode(TEXTS[:2], "query", precision="int8", **short)
+    limits = np.stack([np.full(8, -0.2), np.full(8, 0.2)])
+    assert encoder.encode(TEXTS[:2], "query", precision="int8", ranges=limits, **short).any()
 
 
 def test_threads_share_an_encoder(encoder: Encoder) -> None:

@@ -14,6 +14,7 @@ from nomoe import NomicMoEConfig, NomicMoEModel, data
 from nomoe.model import resolve_device, resolve_dtype
 from nomoe.moe import select_backend
 from nomoe.synthetic import random_model
+from nomoe_kernels import reference
 from tests import oracle
 
 BASE: dict[str, Any] = {
@@ -177,6 +178,7 @@ def test_accepts_what_tokenizers_give() -> None:
     expected = model(ids, mask)[0]
     for batch in (
         {"input_ids": ids.int(), "attention_mask": mask.int()},
+        {"input_ids": ids.to(torch.uint8), "attention_mask": mask.to(torch.int16)},
         {"input_ids": ids, "attention_mask": mask.bool()},
         {"input_ids": ids, "attention_mask": mask.float()},
         {"input_ids": ids, "attention_mask": mask, "token_type_ids": torch.zeros_like(ids)},
@@ -218,7 +220,19 @@ def test_refuses_bad_batches(case: str) -> None:
         model(**inputs)
 
 
-@pytest.mark.parametrize("lengths", [[2, 2], [5], [3, 0], [4, -1], torch.tensor([1.5, 1.5])])
+@pytest.mark.parametrize(
+    "lengths",
+    [
+        [2, 2],
+        [5],
+        [3, 0],
+        [4, -1],
+        [1.5, 1.5],
+        torch.tensor([1.5, 1.5]),
+        torch.tensor(3),
+        torch.tensor([[3]]),
+    ],
+)
 def test_refuses_bad_lengths(lengths: Any) -> None:
     model = random_model(config_of(), seed=0)
     with pytest.raises(ValueError, match="lengths"):
@@ -274,6 +288,17 @@ def test_batch_mates_move_a_text_by_at_most_5e_7(full_width: NomicMoEModel) -> N
     assert drift <= 5e-7
     turned = embed(texts[::-1]).flip(0)
     assert (turned - alone).abs().max() <= 5e-7
+
+
+@torch.no_grad()
+def test_autocast_leaves_the_router_in_float32() -> None:
+    torch.manual_seed(0)
+    x_TD, weight_ED = torch.randn(64, 96), torch.randn(8, 96) / 10
+    expected = reference.route(x_TD, weight_ED, 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        weights_TK, experts_TK = reference.route(x_TD, weight_ED, 2)
+    assert torch.equal(weights_TK, expected[0])
+    assert torch.equal(experts_TK, expected[1])
 
 
 def test_backends() -> None:

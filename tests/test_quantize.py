@@ -77,9 +77,10 @@ def test_no_rows(precision: str, width: int) -> None:
         ("binary", 60, None, "60 is no multiple of 8"),
         ("float32", 2, [[0, 0], [1, 1]], "ranges= applies to int8 and uint8"),
         ("int8", 3, [[0, 0], [1, 1]], r"shape \(2, 2\), expected \(2, 3\)"),
-        ("int8", 2, [[0, 1], [1, 1]], "the minimum of each feature"),
+        ("int8", 2, [[0, 1], [1, 1]], "the finite minimum of each feature"),
+        ("int8", 2, [[0, 0], [1, float("inf")]], "the finite minimum of each feature"),
     ],
 )
-def test_refusals(precision: str, dim: int, ranges: list[list[int]] | None, message: str) -> None:
+def test_refusals(precision: str, dim: int, ranges: list[list[float]] | None, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         check_precision(precision, dim, ranges)

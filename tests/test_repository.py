@@ -87,6 +87,42 @@ def test_refuses_other_modules(folder: Path) -> None:
         Encoder.from_pretrained(folder)
 
 
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("modules.json", "[1, 2, 3]", "not a list of objects"),
+        ("modules.json", "[" * 100_000, "not JSON"),
+        ("sentence_bert_config.json", '{"do_lower_case": true}', "do_lower_case=true"),
+        ("config_sentence_transformers.json", '{"default_prompt_name": ["x"]}', "is no prompt"),
+        ("config_sentence_transformers.json", '{"prompts": {"q": "\\ud800"}}', "lone surrogate"),
+    ],
+)
+def test_odd_settings_are_refused(folder: Path, file: str, content: str, message: str) -> None:
+    (folder / file).write_text(content)
+    with pytest.raises(ValueError, match=message):
+        Encoder.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"dtype": "float8"}, ValueError, "dtype is 'float8'"),
+        ({"truncate_dim": 9999}, ValueError, "truncate_dim is 9999"),
+        ({"max_seq_length": 99_999}, ValueError, "max_seq_length is 99999"),
+        ({"backend": "triton"}, RuntimeError, "backend='triton' cannot run"),
+        ({"device": "meta"}, ValueError, "computes nothing"),
+        ({"device": "xpu"}, RuntimeError, "cannot use here"),
+        ({"revision": "v1"}, ValueError, "has no revision 'v1'"),
+    ],
+)
+def test_bad_arguments_are_found_before_the_weights_are_read(
+    folder: Path, arguments: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    (folder / "model.safetensors").write_bytes(b"not read")
+    with pytest.raises(error, match=message):
+        Encoder.from_pretrained(folder, **arguments)
+
+
 def test_a_pooling_whose_settings_are_absent_is_no_guess(folder: Path) -> None:
     shutil.rmtree(folder / "1_Pooling")
     with pytest.raises(FileNotFoundError, match=r"1_Pooling.config\.json, which is absent"):

@@ -318,17 +318,19 @@ def test_bounds_in_16_bits() -> None:
 @pytest.mark.slow
 def test_full_width_holds_in_float16(drawn_once: None) -> None:
     checks = verify.verify_golden(torch.device("cpu"), torch.float16, "torch")
-    # a line for each text, and one where an expert differs
-    assert 4 <= len(checks) <= 5
+    # four of the float32 model that the gaps come from, a line for each text, and one where an
+    # expert differs
+    assert 8 <= len(checks) <= 9
     assert not missed(checks)
 
 
 def test_full_width_holds_in_bfloat16(drawn_once: None, monkeypatch: pytest.MonkeyPatch) -> None:
     checks = verify.verify_golden(torch.device("cpu"), torch.bfloat16, "torch")
-    assert len(checks) == 4
+    assert len(checks) == 8
     assert not missed(checks)
     bias_inside_the_expert_loop(tiny(), monkeypatch)
-    assert len(missed(verify.verify_golden(torch.device("cpu"), torch.bfloat16, "torch"))) == 4
+    checks = verify.verify_golden(torch.device("cpu"), torch.bfloat16, "torch")
+    assert len([check for check in missed(checks) if "float32" not in check.name]) == 4
 
 
 def test_rotary_angles_are_exact_far_into_a_text() -> None:

@@ -32,7 +32,9 @@ def route(
         weights_TK: Softmax probability (over all E) of each chosen expert, float32, best first.
         experts_TK: Its index, int64. Of equal probabilities the lower index comes first.
     """
-    logits_TE = F.linear(x_TD.float(), router_weight_ED.float())
+    # autocast would round both operands again
+    with torch.autocast(x_TD.device.type, enabled=False):
+        logits_TE = F.linear(x_TD.float(), router_weight_ED.float())
     probabilities_TE = logits_TE.softmax(dim=-1)
     # a stable sort settles ties by index; topk leaves their order open
     sorted_TE, experts_TE = probabilities_TE.sort(dim=-1, descending=True, stable=True)

@@ -21,6 +21,8 @@ def expected(encoder: Encoder) -> np.ndarray:
 def test_pandas(encoder: Encoder, expected: np.ndarray) -> None:
     frame = pd.DataFrame({"text": TEXTS}, index=range(100, 112))
     np.testing.assert_array_equal(encoder.encode_document(frame["text"]), expected)
+    with pytest.raises(TypeError, match="inputs is DataFrame"):
+        encoder.encode_document(frame)
     frame.loc[105, "text"] = None
     with pytest.raises(TypeError, match="text 5 is"):
         encoder.encode_document(frame["text"])
