@@ -33,6 +33,15 @@ class Ops(Protocol):
         row_weights_R: Tensor | None = None,
     ) -> Tensor: ...
 
+    def expert_mlp(
+        self,
+        rows_RD: Tensor,
+        w1_EDF: Tensor,
+        w2_EFD: Tensor,
+        ends_E: Tensor,
+        row_weights_R: Tensor,
+    ) -> Tensor: ...
+
     def unpermute(self, rows_RD: Tensor, order_R: Tensor, bias_D: Tensor, top_k: int) -> Tensor: ...
 
     def add_layer_norm(
@@ -144,7 +153,7 @@ class MoE(nn.Module):
         order_R, ends_E = ops.permute(experts_TK, self.num_experts)
         row_weights_R = weights_TK.flatten()[order_R]
         x_TD = normed_TD.to(mlp.w1.dtype)
-        h_RF = ops.grouped_gemm(x_TD[order_R // self.top_k], w1_EDF, ends_E, gelu=True)
-        y_RD = ops.grouped_gemm(h_RF, w2_EFD, ends_E, row_weights_R=row_weights_R)
+        rows_RD = x_TD[order_R // self.top_k]
+        y_RD = ops.expert_mlp(rows_RD, w1_EDF, w2_EFD, ends_E, row_weights_R)
         out_TD = ops.unpermute(y_RD, order_R, self.experts.bias, self.top_k)
         return out_TD, weights_TK, experts_TK

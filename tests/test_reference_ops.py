@@ -108,6 +108,14 @@ def test_layer_against_loops(choice: str, tokens: int, dtype: torch.dtype, bound
     error = (out_TD.double() - expected).abs().max() / expected.abs().max()
     assert error < bound
 
+    # both products at once: the same sums, so within rounding of the same numbers
+    joint_RD = reference.expert_mlp(
+        x_TD[order_R // K], w1.transpose(1, 2), w2, ends_E, weights_TK.flatten()[order_R]
+    )
+    assert joint_RD.dtype == torch.float32
+    out_TD = reference.unpermute(joint_RD, order_R, bias_D, K)
+    assert (out_TD.double() - expected).abs().max() / expected.abs().max() < bound
+
 
 def test_no_tokens() -> None:
     experts_TK = torch.empty(0, 2, dtype=torch.int64)

@@ -86,13 +86,11 @@ def tanh_gelu(encoder: NomicMoEModel, patch: pytest.MonkeyPatch) -> None:
 
 
 def tanh_gelu_in_the_experts(encoder: NomicMoEModel, patch: pytest.MonkeyPatch) -> None:
-    original = reference.grouped_gemm
+    def expert_mlp(rows: Tensor, w1: Tensor, w2: Tensor, ends: Tensor, weights: Tensor) -> Tensor:
+        h_RF = F.gelu(reference.grouped_gemm(rows, w1, ends), approximate="tanh")
+        return reference.grouped_gemm(h_RF, w2, ends, row_weights_R=weights)
 
-    def grouped_gemm(*inputs: Any, gelu: bool = False, **options: Any) -> Tensor:
-        out_RO = original(*inputs, **options)
-        return F.gelu(out_RO, approximate="tanh") if gelu else out_RO
-
-    patch.setattr(reference, "grouped_gemm", grouped_gemm)
+    patch.setattr(reference, "expert_mlp", expert_mlp)
 
 
 def interleaved_rotary(encoder: NomicMoEModel, patch: pytest.MonkeyPatch) -> None:
@@ -155,12 +153,11 @@ def tf32_linears(encoder: NomicMoEModel, patch: pytest.MonkeyPatch) -> None:
 
 
 def tf32_experts(encoder: NomicMoEModel, patch: pytest.MonkeyPatch) -> None:
-    original = reference.grouped_gemm
+    def expert_mlp(rows: Tensor, w1: Tensor, w2: Tensor, ends: Tensor, weights: Tensor) -> Tensor:
+        h_RF = reference.grouped_gemm(to_tf32(rows), to_tf32(w1), ends, gelu=True)
+        return reference.grouped_gemm(to_tf32(h_RF), to_tf32(w2), ends, row_weights_R=weights)
 
-    def grouped_gemm(rows: Tensor, weight: Tensor, ends: Tensor, **options: Any) -> Tensor:
-        return original(to_tf32(rows), to_tf32(weight), ends, **options)
-
-    patch.setattr(reference, "grouped_gemm", grouped_gemm)
+    patch.setattr(reference, "expert_mlp", expert_mlp)
 
 
 def tf32_attention(encoder: NomicMoEModel, patch: pytest.MonkeyPatch) -> None:
