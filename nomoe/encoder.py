@@ -29,8 +29,8 @@ logger = logging.getLogger(__name__)
 OnTooLong = Literal["warn", "error"]
 Array = npt.NDArray[Any]
 
-# on two CPU cores the matrix products gain nothing beyond some 4,000 rows, and the activations of a
-# larger batch leave the caches
+# most tokens of a batch; not tuned yet: large enough for the matrix products, small enough that a
+# CPU batch's activations stay near a hundred megabytes
 _BATCH_TOKENS = {"cpu": 4096, "cuda": 65_536}
 
 
