@@ -110,7 +110,7 @@ class Encoder:
         """
         device = resolve_device(device)
         dtype = resolve_dtype(dtype, device)
-        select_backend(backend, device, batch_invariant=batch_invariant)
+        select_backend(backend, device, dtype=dtype, batch_invariant=batch_invariant)
         folder = locate(
             name_or_path,
             revision=revision,

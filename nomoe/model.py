@@ -7,7 +7,7 @@ the length of each. Padding exists only in `NomicMoEModel.forward`, which packs 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
@@ -205,6 +205,7 @@ class NomicMoEModel(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
+        self._backend_asked = backend
         self.backend = select_backend(
             backend, torch.device(device or "cpu"), batch_invariant=batch_invariant
         )
@@ -255,7 +256,7 @@ class NomicMoEModel(nn.Module):
                 "few CPUs multiply float16 at speed, and it can be many times slower than float32; "
                 "bfloat16 is the faster 16-bit type there"
             )
-        select_backend(backend, device, batch_invariant=batch_invariant)
+        select_backend(backend, device, dtype=dtype, batch_invariant=batch_invariant)
         folder = locate(
             name_or_path,
             revision=revision,
@@ -284,6 +285,13 @@ class NomicMoEModel(nn.Module):
                 parameter.fill_(1.0)
             else:
                 parameter.normal_(std=0.02)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NomicMoEModel:
+        """Every move and cast of a module comes through here: the kernels follow the device."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.device.type != "meta":
+            self.backend = select_backend(self._backend_asked, self.device, dtype=self.dtype)
+        return self
 
     @property
     def device(self) -> torch.device:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from importlib.util import find_spec
 from typing import Literal, NamedTuple, Protocol
 
 import torch
@@ -15,34 +17,19 @@ BackendName = Literal["auto", "torch", "triton"]
 
 
 class Ops(Protocol):
-    """What a kernel module offers; `nomoe_kernels.reference` documents and defines each."""
+    """What a model asks of a kernel module; `nomoe_kernels.reference` documents each."""
 
-    def route(
-        self, x_TD: Tensor, router_weight_ED: Tensor, top_k: int, *, normalize: bool = False
-    ) -> tuple[Tensor, Tensor]: ...
-
-    def permute(self, experts_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]: ...
-
-    def grouped_gemm(
+    def moe_layer(
         self,
-        rows_RI: Tensor,
-        weight_EIO: Tensor,
-        ends_E: Tensor,
-        *,
-        gelu: bool = False,
-        row_weights_R: Tensor | None = None,
-    ) -> Tensor: ...
-
-    def expert_mlp(
-        self,
-        rows_RD: Tensor,
+        x_TD: Tensor,
+        router_weight_ED: Tensor,
         w1_EDF: Tensor,
         w2_EFD: Tensor,
-        ends_E: Tensor,
-        row_weights_R: Tensor,
-    ) -> Tensor: ...
-
-    def unpermute(self, rows_RD: Tensor, order_R: Tensor, bias_D: Tensor, top_k: int) -> Tensor: ...
+        bias_D: Tensor,
+        top_k: int,
+        *,
+        normalize: bool = False,
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
 
     def add_layer_norm(
         self, x_TD: Tensor, y_TD: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float
@@ -60,17 +47,26 @@ class Backend(NamedTuple):
     @property
     def ops(self) -> Ops:
         """The kernel module; looked up by name, so that a model stays picklable."""
+        if self.name == "triton":
+            from nomoe_kernels import fused
+
+            return fused
         return reference
 
 
 def select_backend(
-    name: BackendName, device: torch.device, *, batch_invariant: bool = False
+    name: BackendName,
+    device: torch.device,
+    *,
+    dtype: torch.dtype | None = None,
+    batch_invariant: bool = False,
 ) -> Backend:
     """Choose the kernels for a device.
 
     Args:
         name: "torch" runs anywhere, "triton" needs its kernels, "auto" takes the fastest that runs.
         device: Where the model will be.
+        dtype: What the model will be in, where that is known.
         batch_invariant: Ask for results whose bits do not depend on the batch.
 
     Raises:
@@ -79,16 +75,38 @@ def select_backend(
     """
     if name not in ("auto", "torch", "triton"):
         raise ValueError(f"backend is {name!r}, expected 'auto', 'torch' or 'triton'")
-    no_triton = "this version of nomoe has no Triton kernels yet"
-    if name == "triton":
-        raise RuntimeError(f"backend='triton' cannot run: {no_triton}; use 'auto' or 'torch'")
     if batch_invariant:
         raise RuntimeError(
-            f"batch_invariant=True needs the triton backend, and {no_triton}; the torch backend "
-            "keeps a text's vector within its dtype's bounds whatever the batch"
+            "batch_invariant=True cannot run: this version of nomoe computes attention and the "
+            "dense layers with torch's kernels, which round differently by batch; a text's vector "
+            "stays within its dtype's bounds whatever the batch"
         )
-    reason = "asked for" if name == "torch" else no_triton
-    return Backend("torch", reason)
+    if name == "torch":
+        return Backend("torch", "asked for")
+    obstacle = _triton_obstacle(device, dtype)
+    if name == "triton" and obstacle:
+        raise RuntimeError(f"backend='triton' cannot run: {obstacle}; use 'auto' or 'torch'")
+    if obstacle or (name == "auto" and device.type != "cuda"):
+        return Backend("torch", obstacle or "Triton's interpreter is for tests")
+    return Backend("triton", "asked for" if name == "triton" else f"{device} runs Triton kernels")
+
+
+def _triton_obstacle(device: torch.device, dtype: torch.dtype | None) -> str | None:
+    """Why the Triton kernels cannot run on a device, or None."""
+    if find_spec("triton") is None:
+        return "triton is not installed"
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        if torch.version.hip is None and major < 8:
+            return f"{device} has compute capability {major}.{minor}, below 8.0"
+        return None
+    if device.type != "cpu":
+        return f"Triton's kernels need CUDA, not {device.type}"
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        return "Triton's kernels need CUDA"
+    if dtype == torch.bfloat16:
+        return "Triton's interpreter multiplies bfloat16 wrongly"
+    return None
 
 
 class Router(nn.Module):
@@ -146,14 +164,12 @@ class MoE(nn.Module):
         # applied as x @ w1[e].T and h @ w2[e]: w1 is viewed transposed, w2 as stored
         w1_EDF = mlp.w1.unflatten(0, (self.num_experts, -1)).transpose(1, 2)
         w2_EFD = mlp.w2.unflatten(0, (self.num_experts, -1))
-
-        weights_TK, experts_TK = ops.route(
-            normed_TD, self.router.layer.weight, self.top_k, normalize=self.normalize
+        return ops.moe_layer(
+            normed_TD,
+            self.router.layer.weight,
+            w1_EDF,
+            w2_EFD,
+            self.experts.bias,
+            self.top_k,
+            normalize=self.normalize,
         )
-        order_R, ends_E = ops.permute(experts_TK, self.num_experts)
-        row_weights_R = weights_TK.flatten()[order_R]
-        x_TD = normed_TD.to(mlp.w1.dtype)
-        rows_RD = x_TD[order_R // self.top_k]
-        y_RD = ops.expert_mlp(rows_RD, w1_EDF, w2_EFD, ends_E, row_weights_R)
-        out_TD = ops.unpermute(y_RD, order_R, self.experts.bias, self.top_k)
-        return out_TD, weights_TK, experts_TK

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    # decides at the import of a kernel how it runs
+    os.environ["TRITON_INTERPRET"] = "1"
 
 from nomoe import Encoder, NomicMoEModel, synthetic
 from nomoe.verify import full_width_model

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from nomoe import NomicMoEConfig, NomicMoEModel, data
 from nomoe.model import resolve_device, resolve_dtype
-from nomoe.moe import select_backend
+from nomoe.moe import BackendName, select_backend
 from nomoe.synthetic import random_model
+from nomoe.verify import compare_float32, golden_cases
 from nomoe_kernels import reference
 from tests import oracle
 
@@ -275,7 +276,7 @@ def test_a_fresh_model_is_finite() -> None:
 @torch.no_grad()
 def test_batch_mates_move_a_text_by_at_most_5e_7(full_width: NomicMoEModel) -> None:
     """Full width, float32: pooled unit vectors alone and inside batches of other texts."""
-    texts = batch_of([3, 16, 90, 16, 7, 128, 33, 5], vocabulary=4096)
+    texts = batch_of([3, 16, 90, 16, 7, 128, 33, 5, *range(6, 48, 2)], vocabulary=4096)
     mean_pool = full_width.backend.ops.mean_pool
 
     def embed(batch: list[list[int]]) -> Tensor:
@@ -301,16 +302,63 @@ def test_autocast_leaves_the_router_in_float32() -> None:
     assert torch.equal(experts_TK, expected[1])
 
 
-def test_backends() -> None:
-    cpu = torch.device("cpu")
-    assert select_backend("auto", cpu).name == "torch"
+def test_backends(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert select_backend("auto", cpu) == ("torch", "Triton's kernels need CUDA")
     assert select_backend("torch", cpu).reason == "asked for"
-    with pytest.raises(RuntimeError, match="backend='triton' cannot run: "):
+    with pytest.raises(RuntimeError, match=r"backend='triton' cannot run: Triton's kernels need"):
         select_backend("triton", cpu)
-    with pytest.raises(RuntimeError, match="batch_invariant=True needs the triton backend"):
+    with pytest.raises(RuntimeError, match="batch_invariant=True cannot run"):
         select_backend("torch", cpu, batch_invariant=True)
     with pytest.raises(ValueError, match="expected 'auto', 'torch' or 'triton'"):
         select_backend("cuda", cpu)  # type: ignore[arg-type]
+
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert select_backend("triton", cpu).name == "triton"
+    assert select_backend("auto", cpu).name == "torch", "the interpreter is for tests"
+    with pytest.raises(RuntimeError, match="bfloat16 wrongly"):
+        select_backend("triton", cpu, dtype=torch.bfloat16)
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    assert select_backend("auto", cuda).name == "triton"
+    monkeypatch.setattr("nomoe.moe.find_spec", lambda name: None)
+    assert select_backend("auto", cuda) == ("torch", "triton is not installed")
+    with pytest.raises(RuntimeError, match="triton is not installed; use 'auto' or 'torch'"):
+        select_backend("triton", cuda)
+
+
+def test_old_devices_take_the_torch_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    cuda = torch.device("cuda")
+    assert select_backend("auto", cuda).name == "torch"
+    with pytest.raises(RuntimeError, match=r"compute capability 7.5, below 8.0"):
+        select_backend("triton", cuda)
+
+
+def test_kernels_follow_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("auto")
+    assert model.backend.name == "torch"
+    # as if it were moved to CUDA: what `auto` picks depends on the device the weights are on
+    monkeypatch.setattr("nomoe.moe._triton_obstacle", lambda device, dtype: None)
+    monkeypatch.setattr("nomoe.model.NomicMoEModel.device", torch.device("cuda"))
+    assert model.float().backend.name == "triton"
+    assert tiny_model("torch").float().backend.name == "torch"
+
+
+@pytest.mark.slow
+def test_triton_backend_under_the_interpreter() -> None:
+    model = tiny_model("triton")
+    assert model.backend.name == "triton"
+    for case in golden_cases(data.TINY):
+        missed = [one for one in compare_float32(model, case, "tiny") if one.result != "ok"]
+        assert not missed
+    with pytest.raises(RuntimeError, match="bfloat16 wrongly"):
+        model.bfloat16()
+
+
+def tiny_model(backend: BackendName) -> NomicMoEModel:
+    return NomicMoEModel.from_pretrained(data.TINY, device="cpu", backend=backend)
 
 
 def test_devices_and_dtypes() -> None:

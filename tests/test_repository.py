@@ -109,7 +109,7 @@ def test_odd_settings_are_refused(folder: Path, file: str, content: str, message
         ({"dtype": "float8"}, ValueError, "dtype is 'float8'"),
         ({"truncate_dim": 9999}, ValueError, "truncate_dim is 9999"),
         ({"max_seq_length": 99_999}, ValueError, "max_seq_length is 99999"),
-        ({"backend": "triton"}, RuntimeError, "backend='triton' cannot run"),
+        ({"backend": "triton", "dtype": "bfloat16"}, RuntimeError, "backend='triton' cannot run"),
         ({"device": "meta"}, ValueError, "computes nothing"),
         ({"device": "xpu"}, RuntimeError, "cannot use here"),
         ({"revision": "v1"}, ValueError, "has no revision 'v1'"),

@@ -4,10 +4,13 @@ Everything here is differentiable, runs on any device and in any floating dtype.
 
     weights_TK, experts_TK = route(x_TD, router_weight_ED, top_k)
     order_R, ends_E = permute(experts_TK, num_experts)
-    h_RF = grouped_gemm(x_TD[order_R // K], w1_EDF, ends_E, gelu=True)
-    y_RD = grouped_gemm(h_RF, w2_EFD, ends_E, row_weights_R=weights_TK.flatten()[order_R])
-    # or both at once: expert_mlp(x_TD[order_R // K], w1_EDF, w2_EFD, ends_E, row_weights_R)
-    out_TD = unpermute(y_RD, order_R, bias_D, top_k)
+    h_RF = grouped_gemm(x_TD, w1_EDF, ends_E, gelu=True, gather_R=order_R // top_k)
+    y_RD = grouped_gemm(
+        h_RF, w2_EFD, ends_E, row_weights_R=weights_TK.flatten(), scatter_R=order_R
+    )
+    out_TD = unpermute(y_RD, None, bias_D, top_k)
+
+`moe_layer` is those lines with both products of an expert in one go (`expert_mlp`).
 """
 
 from __future__ import annotations
@@ -65,20 +68,28 @@ def grouped_gemm(
     *,
     gelu: bool = False,
     row_weights_R: Tensor | None = None,
+    gather_R: Tensor | None = None,
+    scatter_R: Tensor | None = None,
 ) -> Tensor:
-    """Multiply each expert's contiguous rows by that expert's matrix.
+    """Multiply each expert's rows by that expert's matrix.
+
+    out[scatter_R[r]] = row_weights_R[scatter_R[r]] * gelu(rows_RI[gather_R[r]] @ weight_EIO[e])
+    for the rows r of expert e, ends_E[e - 1] <= r < ends_E[e].
 
     Args:
-        rows_RI: Rows sorted by expert, (R, I).
+        rows_RI: Rows sorted by expert, (R, I); any rows where gather_R picks among them.
         weight_EIO: One (I, O) matrix per expert, any strides.
         ends_E: Where each expert's rows end, as `permute` gives it.
         gelu: Apply the exact (erf) GELU.
-        row_weights_R: float32 factor of each row, applied after the GELU.
+        row_weights_R: float32 factor of each row of the result, applied after the GELU.
+        gather_R: The row of rows_RI that each sorted row is, int64; r itself by default.
+        scatter_R: The row of the result each sorted row goes to, int64; r itself by default.
 
     Returns:
-        (R, O), in the dtype of the rows; float32 if row weights are given, so that the sum that
-        follows rounds only once.
+        (R, O), in the dtype of the rows.
     """
+    if gather_R is not None:
+        rows_RI = rows_RI[gather_R]
     products = []
     start = 0
     for expert, end in enumerate(ends_E.tolist()):
@@ -86,7 +97,11 @@ def grouped_gemm(
         products.append(F.gelu(product) if gelu else product)
         start = end
     out_RO = torch.cat(products)
-    return out_RO if row_weights_R is None else out_RO.float() * row_weights_R[:, None]
+    if scatter_R is not None:
+        out_RO = torch.empty_like(out_RO).index_copy(0, scatter_R, out_RO)
+    if row_weights_R is not None:
+        out_RO = (out_RO.float() * row_weights_R[:, None]).to(out_RO.dtype)
+    return out_RO
 
 
 def expert_mlp(
@@ -108,16 +123,96 @@ def expert_mlp(
     return torch.cat(products).float() * row_weights_R[:, None]
 
 
-def unpermute(rows_RD: Tensor, order_R: Tensor, bias_D: Tensor, top_k: int) -> Tensor:
+def unpermute(rows_RD: Tensor, order_R: Tensor | None, bias_D: Tensor, top_k: int) -> Tensor:
     """Sum each token's K rows in float32, best expert first, and add the shared bias once.
+
+    Args:
+        rows_RD: Weighted rows of the experts, (R, D), any floating dtype.
+        order_R: The order the rows are in, as `permute` gives it; None where they are back in
+            token order, row t * K + k.
+        bias_D: The bias all experts share, (D,).
+        top_k: Rows per token, K.
 
     Returns:
         (T, D), float32.
     """
-    position_R = torch.empty_like(order_R)
-    position_R[order_R] = torch.arange(len(order_R), device=order_R.device)
-    rows_TKD: Tensor = rows_RD[position_R].unflatten(0, (-1, top_k))
+    if order_R is not None:
+        position_R = torch.empty_like(order_R)
+        position_R[order_R] = torch.arange(len(order_R), device=order_R.device)
+        rows_RD = rows_RD[position_R]
+    rows_TKD: Tensor = rows_RD.unflatten(0, (-1, top_k))
     return rows_TKD.float().sum(dim=1) + bias_D.float()
+
+
+def moe_layer(
+    x_TD: Tensor,
+    router_weight_ED: Tensor,
+    w1_EDF: Tensor,
+    w2_EFD: Tensor,
+    bias_D: Tensor,
+    top_k: int,
+    *,
+    normalize: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The whole layer: out = sum_k weight_k * (gelu(x @ w1[e_k]) @ w2[e_k]) + bias.
+
+    Args:
+        x_TD: Tokens, (T, D), in the dtype of the weights or in float32. The router reads them as
+            they are, the experts in the dtype of the weights.
+        router_weight_ED: Router weight, (E, D).
+        w1_EDF: First matrix of each expert, (E, D, F).
+        w2_EFD: Second matrix of each expert, (E, F, D).
+        bias_D: The bias all experts share, (D,).
+        top_k: Experts per token, K.
+        normalize: Divide each token's K weights by their sum.
+
+    Returns:
+        out_TD: float32, so that the residual sum that follows rounds only once.
+        weights_TK, experts_TK: As `route` returns them.
+    """
+    weights_TK, experts_TK = route(x_TD, router_weight_ED, top_k, normalize=normalize)
+    order_R, ends_E = permute(experts_TK, len(w1_EDF))
+    rows_RD = x_TD.to(w1_EDF.dtype)[order_R // top_k]
+    y_RD = expert_mlp(rows_RD, w1_EDF, w2_EFD, ends_E, weights_TK.flatten()[order_R])
+    return unpermute(y_RD, order_R, bias_D, top_k), weights_TK, experts_TK
+
+
+def add_norm_route(
+    x_TD: Tensor,
+    y_TD: Tensor,
+    norm_weight_D: Tensor,
+    norm_bias_D: Tensor,
+    eps: float,
+    router_weight_ED: Tensor,
+    top_k: int,
+    *,
+    normalize: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`add_layer_norm`, then `route` on its unrounded result.
+
+    Returns:
+        normed_TD: LayerNorm(x + y), in the dtype of x.
+        weights_TK, experts_TK: As `route` returns them.
+    """
+    normed_TD = add_layer_norm(x_TD, y_TD, norm_weight_D, norm_bias_D, eps)
+    weights_TK, experts_TK = route(normed_TD, router_weight_ED, top_k, normalize=normalize)
+    return normed_TD.to(x_TD.dtype), weights_TK, experts_TK
+
+
+def unpermute_add_norm(
+    rows_RD: Tensor,
+    order_R: Tensor | None,
+    bias_D: Tensor,
+    top_k: int,
+    residual_TD: Tensor,
+    norm_weight_D: Tensor,
+    norm_bias_D: Tensor,
+    eps: float,
+) -> Tensor:
+    """`unpermute`, then LayerNorm of its sum with the residual, (T, D) in the residual's dtype."""
+    sum_TD = unpermute(rows_RD, order_R, bias_D, top_k)
+    normed_TD = add_layer_norm(residual_TD, sum_TD, norm_weight_D, norm_bias_D, eps)
+    return normed_TD.to(residual_TD.dtype)
 
 
 def add_layer_norm(

@@ -1,0 +1,196 @@
+"""Which kernel and which tile runs a product, by device, dtype and number of rows.
+
+Nothing is tuned at run time. `tuned.json` holds what `python -m nomoe_kernels.tune` measured; where
+it has no entry for a device and shape, a formula picks from a short menu that respects the device's
+shared memory.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import lru_cache
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+
+# Rows up to which the weights' bytes, not the arithmetic, bound a product so far that the kernel
+# which finds its rows by itself, one launch less, should win.
+SMALL_ROWS = 256
+
+TUNED = Path(__file__).with_name("tuned.json")
+
+Kernel = Literal["pointer", "tma", "specialized", "small"]
+
+
+class Tile(NamedTuple):
+    """How one product is cut: a program computes (block_m, block_n) in steps of block_k."""
+
+    kernel: Kernel
+    block_m: int
+    block_n: int
+    block_k: int
+    warps: int
+    stages: int
+    # copies of the output that each sum a part of the inner width; small kernel only
+    splits: int = 1
+
+    def shared_memory(self, itemsize: int) -> int:
+        """Bytes of the operand buffers, the bulk of what a program allocates."""
+        return self.stages * (self.block_m + self.block_n) * self.block_k * itemsize
+
+
+class Plan(NamedTuple):
+    """The tiles of a layer's two products; either both are small or neither is."""
+
+    up: Tile
+    down: Tile
+
+
+class Device(NamedTuple):
+    """What a choice depends on."""
+
+    # (major, minor) of CUDA; (0, 0) elsewhere
+    capability: tuple[int, int]
+    multiprocessors: int
+    # bytes one program may use
+    shared_memory: int
+
+
+class Shape(NamedTuple):
+    """The sizes of a layer, the bytes of an element, and the routed rows R."""
+
+    experts: int
+    width: int
+    ffn_width: int
+    itemsize: int
+    rows: int
+
+
+# Tiles by falling efficiency: what a multiprocessor does per second on each, next to the first.
+# Estimates; an entry of tuned.json overrides them.
+WGMMA_16 = {
+    Tile("tma", 128, 256, 64, 8, 4): 1.0,
+    Tile("pointer", 128, 128, 64, 8, 4): 0.8,
+    Tile("pointer", 64, 128, 64, 4, 4): 0.65,
+    Tile("pointer", 32, 128, 64, 4, 4): 0.35,
+}
+MMA_16 = {
+    Tile("pointer", 128, 128, 32, 8, 4): 1.0,
+    Tile("pointer", 64, 128, 32, 4, 4): 0.85,
+    Tile("pointer", 32, 64, 32, 4, 4): 0.5,
+}
+WGMMA_32 = {
+    Tile("pointer", 128, 128, 32, 8, 3): 1.0,
+    Tile("pointer", 64, 128, 32, 4, 3): 0.85,
+    Tile("pointer", 32, 64, 32, 4, 3): 0.5,
+}
+# three passes of tf32 keep both halves of every operand in registers: larger tiles spill
+MMA_32 = {
+    Tile("pointer", 128, 64, 32, 8, 3): 1.0,
+    Tile("pointer", 64, 64, 32, 4, 3): 0.9,
+    Tile("pointer", 32, 64, 32, 4, 3): 0.5,
+}
+# the least shared memory of all, and the last resort
+MINIMAL = Tile("pointer", 32, 32, 32, 4, 2)
+
+
+def device_of(device: torch.device) -> Device:
+    """Read a device's properties; the interpreter's is one that no kernel was tuned for."""
+    if device.type != "cuda":
+        return Device((0, 0), 1, 64 * 1024)
+    from triton.runtime import driver
+
+    index = torch.cuda.current_device() if device.index is None else device.index
+    limits = driver.active.utils.get_device_properties(index)
+    is_nvidia = torch.version.hip is None
+    return Device(
+        torch.cuda.get_device_capability(device) if is_nvidia else (0, 0),
+        limits["multiprocessor_count"],
+        limits["max_shared_mem"],
+    )
+
+
+def size_class(rows: int) -> int:
+    """The power of two that rows are rounded up to, from 16 to 2^20: plans are made per class."""
+    return min(max(16, 1 << max(rows - 1, 0).bit_length()), 1 << 20)
+
+
+def plan(device: Device, shape: Shape) -> Plan:
+    """The tiles for a layer: measured where there is an entry, by formula elsewhere."""
+    return _plan(device, shape._replace(rows=size_class(shape.rows)))
+
+
+@lru_cache(maxsize=1024)
+def _plan(device: Device, shape: Shape) -> Plan:
+    return tuned_plan(device, shape) or formula(device, shape)
+
+
+@lru_cache(maxsize=1)
+def tuned_entries() -> dict[tuple[tuple[int, int], Shape], Plan]:
+    """What tuned.json holds, by capability and shape."""
+    if not TUNED.exists():
+        return {}
+    entries = {}
+    for entry in json.loads(TUNED.read_text()):
+        major, minor = entry["capability"]
+        tiles = Plan(Tile(**entry["up"]), Tile(**entry["down"]))
+        entries[(major, minor), Shape(**entry["shape"])] = tiles
+    return entries
+
+
+def tuned_plan(device: Device, shape: Shape) -> Plan | None:
+    """The measured plan for this capability and exactly these sizes."""
+    return tuned_entries().get((device.capability, shape))
+
+
+def formula(device: Device, shape: Shape) -> Plan:
+    """A plan from the shape alone: the fewest waves of programs, weighted by the tile's speed."""
+    if shape.rows <= SMALL_ROWS:
+        return Plan(_small(device, shape, splits=1), _small(device, shape, splits=4))
+    return Plan(
+        _largest(device, shape, shape.width, shape.ffn_width),
+        _largest(device, shape, shape.ffn_width, shape.width),
+    )
+
+
+def menu(device: Device, itemsize: int) -> dict[Tile, float]:
+    """The tiles worth considering on a device."""
+    if device.capability == (9, 0):
+        return WGMMA_16 if itemsize == 2 else WGMMA_32
+    return MMA_16 if itemsize == 2 else MMA_32
+
+
+def _largest(device: Device, shape: Shape, inner: int, outer: int) -> Tile:
+    def seconds(tile: Tile, efficiency: float) -> float:
+        per_expert = -(-shape.rows // (shape.experts * tile.block_m))
+        tiles = shape.experts * per_expert * -(-outer // tile.block_n)
+        waves = -(-tiles // device.multiprocessors)
+        return waves * tile.block_m * tile.block_n / efficiency
+
+    fitting = {
+        tile: seconds(tile, efficiency)
+        for tile, efficiency in menu(device, shape.itemsize).items()
+        if tile.shared_memory(shape.itemsize) <= device.shared_memory
+        and supports(tile, shape.experts, inner)
+    }
+    return min(fitting, key=lambda tile: fitting[tile], default=MINIMAL)
+
+
+def supports(tile: Tile, experts: int, inner: int) -> bool:
+    """Whether a kernel can compute a product of this inner width over so many experts."""
+    if tile.kernel in ("tma", "specialized"):
+        # its blocks must not run into the next expert's matrix, and it decodes tiles by scalars
+        return inner % tile.block_k == 0 and experts <= 16
+    return True
+
+
+def _small(device: Device, shape: Shape, splits: int) -> Tile:
+    """Narrow tiles that keep enough bytes in flight; rows per expert decide how narrow."""
+    block_m = 16 if shape.rows <= 16 * shape.experts else 32
+    if shape.itemsize == 4:
+        return Tile("small", block_m, 64, 32, 4, 3, splits)
+    tile = Tile("small", block_m, 64, 128, 4, 4, splits)
+    if tile.shared_memory(shape.itemsize) > device.shared_memory:
+        return Tile("small", block_m, 64, 64, 4, 3, splits)
+    return tile

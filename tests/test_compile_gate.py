@@ -1,0 +1,127 @@
+"""Every kernel compiled, with no GPU, for the devices it may meet.
+
+Shared memory within the device's limit; no spills in a product, and on Hopper in no kernel; the
+tensor-core instruction that is meant, and asynchronous copies to feed it. Each check is also seen
+failing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.compile_kernels import DEVICES, split_copies
+
+WORKER = Path(__file__).with_name("compile_kernels.py")
+PRODUCTS = ("pointer_kernel", "tma_kernel", "small_kernel")
+# every dtype where the instructions differ; bfloat16 takes float16's everywhere else
+COMPILED = [(name, "float16") for name in DEVICES] + [
+    ("cuda:90", "bfloat16"),
+    ("cuda:90", "float32"),
+    ("cuda:80", "float32"),
+    ("cuda:86", "float32"),
+    ("hip:gfx942", "float32"),
+]
+INSTRUCTION = {
+    "cuda:90": "wgmma",
+    "cuda:100": "tcgen05",
+    "hip:gfx942": "mfma",
+}
+
+
+def compile_for(target: str, dtype: str, tile: list[Any] | None = None) -> list[dict[str, Any]]:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+    command = [sys.executable, str(WORKER), target, dtype]
+    done = subprocess.run(
+        [*command, json.dumps(tile)] if tile else command,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def faults(report: dict[str, Any]) -> set[str]:
+    """What is wrong with a compiled kernel on its device."""
+    target, options, found = report["target"], report["options"], set()
+    if report["shared"] > DEVICES[target].shared_memory:
+        found.add("shared memory")
+    # elsewhere the small kernels around the products may spill a few registers
+    if target == "cuda:90" or report["kernel"] in PRODUCTS:
+        found |= {"spills"} if report["spills"] or report.get("stack") else set()
+    if report.get("split_copies"):
+        found.add("split copies")
+    if report["kernel"] in PRODUCTS:
+        # fewer than 64 rows fit the older instruction alone, unless the operands are swapped
+        is_narrow = report["kernel"] == "pointer_kernel" and options["BLOCK_M"] < 64
+        narrow = {"wgmma": "mma", "tcgen05": "mma"}
+        instruction = INSTRUCTION.get(target, "mma")
+        if not report[narrow.get(instruction, instruction) if is_narrow else instruction]:
+            found.add("instruction")
+        if target.startswith("cuda") and not report["copies"]:
+            found.add("asynchronous copies")
+        if options.get("SPECIALIZE") and not report["specialized"]:
+            found.add("specialisation")
+    return found
+
+
+@pytest.fixture(scope="session")
+def reports() -> dict[tuple[str, str], list[dict[str, Any]]]:
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(COMPILED, pool.map(lambda one: compile_for(*one), COMPILED), strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("compiled", COMPILED, ids="-".join)
+def test_kernels_compile_well(
+    compiled: tuple[str, str], reports: dict[tuple[str, str], list[dict[str, Any]]]
+) -> None:
+    kernels = {report["kernel"] for report in reports[compiled]}
+    assert {"route_kernel", "permute_kernel", "unpermute_kernel", "small_kernel"} <= kernels
+    assert {"pointer_kernel", "tma_kernel"} & kernels
+    wrong = [(faults(report), report) for report in reports[compiled] if faults(report)]
+    assert not wrong
+
+
+# a tile that each check must refuse
+SPOILED = {
+    "shared memory": ["pointer", 128, 256, 64, 8, 6],
+    "spills": ["pointer", 128, 256, 64, 4, 3],
+    "instruction": ["pointer", 64, 128, 64, 2, 4],
+    "asynchronous copies": ["pointer", 64, 128, 64, 4, 1],
+    # what Triton passes over in silence with eight warps
+    "specialisation": ["specialized", 128, 256, 64, 8, 3],
+}
+
+
+@pytest.mark.parametrize("fault", list(SPOILED))
+def test_a_spoiled_tile_is_seen(fault: str) -> None:
+    seen = [faults(report) for report in compile_for("cuda:90", "float16", SPOILED[fault])]
+    assert any(fault in one for one in seen), seen
+
+
+def test_specialised_kernel() -> None:
+    for report in compile_for("cuda:90", "float16", ["specialized", 128, 256, 64, 4, 4]):
+        assert not faults(report)
+        # one group of warps that loads beside two that multiply
+        assert report["warps"] == 12
+
+
+def test_split_copies_are_seen() -> None:
+    # of a specialised kernel with descriptors made by the host, as Triton 3.6 compiled it
+    halves = (
+        "ttng.async_tma_copy_global_to_local %rows_desc[%a, %k] %65, %64, %true : "
+        "!tt.tensordesc<tensor<128x64xf16, #shared>>, !ttg.memdesc<1xi64, #shared1> "
+        "-> !ttg.memdesc<64x64xf16, #shared, #smem, mutable>"
+    )
+    assert split_copies(halves) == 1
+    assert split_copies(halves.replace("128x64", "64x64")) == 0

@@ -1,0 +1,452 @@
+"""The Triton kernels against float64 and their plain-torch twins.
+
+Without a GPU they run under Triton's interpreter, in float32 and float16; with one they run as they
+are, in bfloat16 too. Everything they allocate is poisoned first, so that an element nobody writes
+cannot pass.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nomoe_kernels import fused, products, reference
+from nomoe_kernels.configs import Plan, Tile
+
+CUDA = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if CUDA else "cpu")
+pytestmark = [pytest.mark.gpu] if CUDA else []
+
+DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if CUDA else [])
+# largest error over largest value, as for the plain-torch operations
+BOUNDS = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
+
+PLANS = {
+    "pointer": Plan(Tile("pointer", 16, 32, 32, 4, 2), Tile("pointer", 32, 32, 32, 4, 2)),
+    "tma": Plan(Tile("tma", 16, 32, 32, 4, 2), Tile("tma", 32, 32, 32, 4, 2)),
+    "small": Plan(Tile("small", 16, 64, 32, 4, 2), Tile("small", 16, 64, 32, 4, 2, 3)),
+}
+if CUDA:
+    # blocks the tensor cores of Hopper take
+    PLANS["tma"] = Plan(Tile("tma", 64, 64, 32, 4, 2), Tile("tma", 64, 32, 32, 4, 2))
+    PLANS["specialized"] = Plan(
+        Tile("specialized", 128, 128, 32, 4, 3), Tile("specialized", 128, 64, 32, 4, 3)
+    )
+
+
+class Case(NamedTuple):
+    tokens: int
+    experts: int = 8
+    top_k: int = 2
+    width: int = 96
+    ffn_width: int = 96
+    choice: str = "spread"
+
+
+class Layer(NamedTuple):
+    x_TD: Tensor
+    router_ED: Tensor
+    w1_EDF: Tensor
+    w2_EFD: Tensor
+    bias_D: Tensor
+    top_k: int
+
+
+def make_layer(case: Case, dtype: torch.dtype, seed: int = 0) -> Layer:
+    """Unit-variance tokens and products; the router's rows decide which experts are used."""
+    generator = torch.Generator().manual_seed(seed)
+    T, E, K, D, F, choice = case
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    x_TD, router_ED = normal(T, D), normal(E, D) / math.sqrt(D)
+    # a feature that is the same for all tokens lets the router's first column favour experts
+    x_TD[:, 0] = 4.0
+    if choice == "one pair":
+        router_ED[[E - 3, 1], 0] = 3.0
+    elif choice == "empty experts":
+        router_ED[: E // 2, 0] = 3.0
+    w1, w2 = normal(E, F, D) / math.sqrt(D), normal(E, F, D) / math.sqrt(F)
+    x_TD, router_ED, w1, w2, bias_D = (
+        t.to(DEVICE, dtype) for t in (x_TD, router_ED, w1, w2, normal(D))
+    )
+    return Layer(x_TD, router_ED, w1.transpose(1, 2), w2, bias_D, K)
+
+
+def exact_layer(layer: Layer) -> tuple[Tensor, Tensor, Tensor]:
+    """The layer in float64, every expert on every token; probabilities of all experts."""
+    x, router, w1, w2, bias = (t.double() for t in layer[:5])
+    probabilities_TE = (x @ router.T).softmax(-1)
+    experts_TK = probabilities_TE.sort(dim=-1, descending=True, stable=True)[1][:, : layer.top_k]
+    gate_TE = torch.zeros_like(probabilities_TE).scatter(1, experts_TK, 1.0) * probabilities_TE
+    out = bias.expand_as(x)
+    for e in range(len(w1)):
+        h = x @ w1[e]
+        h = 0.5 * h * (1 + torch.erf(h / math.sqrt(2)))
+        out = out + gate_TE[:, e : e + 1] * (h @ w2[e])
+    return out, probabilities_TE, experts_TK
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every new tensor holds NaN, or numbers far outside any index."""
+
+    def poison(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def filled(*args: Any, **options: Any) -> Tensor:
+            tensor = make(*args, **options)
+            return tensor.fill_(math.nan if tensor.is_floating_point() else -(1 << 30))
+
+        return filled
+
+    monkeypatch.setattr(torch, "empty", poison(torch.empty))
+    monkeypatch.setattr(torch, "empty_like", poison(torch.empty_like))
+    monkeypatch.setattr(Tensor, "new_empty", poison(Tensor.new_empty))
+
+
+CASES = [
+    Case(1),
+    Case(2, experts=4, top_k=3),
+    Case(15, experts=5, top_k=1),
+    Case(16, choice="one pair"),
+    Case(17, experts=64, top_k=3, ffn_width=64),
+    Case(37, choice="empty experts"),
+    Case(37, ffn_width=160, choice="one pair"),
+    Case(16, width=768, ffn_width=96),
+    Case(256),
+]
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kernel", list(PLANS))
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_layer(case: Case, kernel: str, dtype: torch.dtype) -> None:
+    if case.experts > 16 and kernel in ("tma", "specialized"):
+        pytest.skip("its tiles are found one expert at a time: 16 at most")
+    if case.tokens == 256 and not CUDA and (kernel, dtype) != ("pointer", torch.float16):
+        pytest.skip("minutes under the interpreter")
+    layer = make_layer(case, dtype)
+    exact_TD, probabilities_TE, exact_experts_TK = exact_layer(layer)
+    out_TD, weights_TK, experts_TK = fused.run_layer(*layer, tiles=PLANS[kernel])
+
+    assert torch.equal(experts_TK, exact_experts_TK)
+    chosen_TK = probabilities_TE.gather(1, experts_TK)
+    torch.testing.assert_close(weights_TK.double(), chosen_TK, atol=1e-6, rtol=0)
+    assert out_TD.dtype == torch.float32
+    error = (out_TD - exact_TD).abs().max() / exact_TD.abs().max()
+    assert error < BOUNDS[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_error_is_that_of_plain_torch(dtype: torch.dtype) -> None:
+    layer = make_layer(Case(37, ffn_width=192), dtype)
+    exact_TD = exact_layer(layer)[0]
+    rms = {
+        name: (out_TD - exact_TD).square().mean().sqrt()
+        for name, out_TD in {
+            "torch": reference.moe_layer(*layer)[0],
+            **{kernel: fused.run_layer(*layer, tiles=tiles)[0] for kernel, tiles in PLANS.items()},
+        }.items()
+    }
+    assert all(one <= 1.5 * rms["torch"] for one in rms.values()), rms
+
+
+@pytest.mark.usefixtures("poisoned")
+def test_tokens_may_be_float32_and_weights_16_bit() -> None:
+    layer = make_layer(Case(37), torch.float16)
+    # beyond float16: the router must see what the experts do not
+    x_TD = layer.x_TD.float() * (1 + 2e-4 * torch.rand_like(layer.x_TD.float()))
+    expected = reference.moe_layer(x_TD, *layer[1:])
+    for tiles in PLANS.values():
+        out_TD, weights_TK, experts_TK = fused.run_layer(x_TD, *layer[1:], tiles=tiles)
+        torch.testing.assert_close(weights_TK, expected[1], atol=1e-6, rtol=0)
+        assert torch.equal(experts_TK, expected[2])
+        torch.testing.assert_close(out_TD, expected[0], atol=4e-3, rtol=0)
+    rounded = reference.route(x_TD.half(), layer.router_ED, 2)[0]
+    assert (rounded - expected[1]).abs().max() > 1e-5, "the test could not tell"
+
+
+def test_normalised_weights() -> None:
+    layer = make_layer(Case(9), torch.float32)
+    expected = reference.moe_layer(*layer, normalize=True)
+    out_TD, weights_TK, _ = fused.moe_layer(*layer, normalize=True)
+    torch.testing.assert_close(weights_TK.sum(1), torch.ones(9, device=DEVICE))
+    torch.testing.assert_close(out_TD, expected[0], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("kernel", list(PLANS))
+def test_a_bad_token_stays_alone(kernel: str) -> None:
+    clean = make_layer(Case(24, choice="empty experts"), torch.float16)
+    expected = fused.run_layer(*clean, tiles=PLANS[kernel])
+    x_TD = clean.x_TD.clone()
+    bad = [3, 11, 23]
+    x_TD[3], x_TD[11, 7], x_TD[23, 5] = math.nan, math.inf, -math.inf
+    result = fused.run_layer(x_TD, *clean[1:], tiles=PLANS[kernel])
+    good = [t for t in range(24) if t not in bad]
+    # bit for bit, though the bad rows change which row is computed where
+    for one, other in zip(result, expected, strict=True):
+        assert torch.equal(one[good], other[good])
+    assert result[0][bad].isnan().any(dim=1).all()
+    assert result[1][bad].isnan().all()
+    assert result[2][bad].tolist() == [[0, 1]] * 3, "NaN takes the first experts, as in a sort"
+    assert torch.equal(reference.route(x_TD, clean.router_ED, 2)[1], result[2])
+
+
+def test_ties_go_to_the_lower_expert() -> None:
+    x_TD, router_ED = torch.ones(5, 16, device=DEVICE), torch.zeros(64, 16, device=DEVICE)
+    weights_TK, experts_TK = fused.route(x_TD, router_ED, 8)
+    assert experts_TK.tolist() == [list(range(8))] * 5
+    assert torch.equal(weights_TK, torch.full((5, 8), 1 / 64, device=DEVICE))
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize(
+    ("tokens", "experts", "top_k", "width"),
+    [(0, 8, 2, 96), (1, 8, 2, 768), (5, 64, 8, 48), (37, 4, 1, 96), (37, 11, 3, 160)],
+)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_route(tokens: int, experts: int, top_k: int, width: int, dtype: torch.dtype) -> None:
+    layer = make_layer(Case(tokens, experts, top_k, width), dtype, seed=1)
+    weights_TK, experts_TK = fused.route(layer.x_TD, layer.router_ED, top_k)
+    probabilities_TE = (layer.x_TD.double() @ layer.router_ED.double().T).softmax(-1)
+    expected = probabilities_TE.sort(dim=-1, descending=True, stable=True)
+    assert torch.equal(experts_TK, expected[1][:, :top_k])
+    torch.testing.assert_close(weights_TK.double(), expected[0][:, :top_k], atol=1e-6, rtol=0)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("programs", [1, 3, 528])
+@pytest.mark.parametrize(
+    ("tokens", "top_k", "experts"), [(0, 2, 8), (1, 1, 4), (111, 2, 8), (60, 3, 64)]
+)
+def test_permute(
+    programs: int, tokens: int, top_k: int, experts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fused, "ROUTING_PROGRAMS", programs)
+    generator = torch.Generator().manual_seed(tokens)
+    # the upper half of the experts stays empty
+    experts_TK = torch.randint(experts // 2, (tokens, top_k), generator=generator).to(DEVICE)
+    order_R, ends_E = fused.permute(experts_TK, experts)
+    expected = reference.permute(experts_TK, experts)
+    assert torch.equal(order_R, expected[0])
+    assert torch.equal(ends_E, expected[1])
+    assert (order_R.dtype, ends_E.dtype) == (torch.int64, torch.int32)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("programs", [1, 3, 528])
+def test_layer_shared_among_programs(programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "ROUTING_PROGRAMS", programs)
+    layer = make_layer(Case(45, ffn_width=32), torch.float32)
+    exact_TD = exact_layer(layer)[0]
+    for tiles in (PLANS["pointer"], PLANS["tma"]):
+        out_TD = fused.run_layer(*layer, tiles=tiles)[0]
+        torch.testing.assert_close(out_TD.double(), exact_TD, atol=1e-5, rtol=0)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("kernel", ["pointer", "tma"])
+@pytest.mark.parametrize("o_contiguous", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_grouped_gemm(kernel: str, o_contiguous: bool, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(3)
+    counts = [0, 17, 1, 0, 33, 16, 0]
+    R, inner, outer = sum(counts), 96, 80
+    ends_E = torch.tensor(counts, device=DEVICE).cumsum(0).to(torch.int32)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(DEVICE, dtype)
+
+    weight_EIO = (
+        normal(7, inner, outer) if o_contiguous else normal(7, outer, inner).transpose(1, 2)
+    )
+    rows, weights_R = normal(40, inner), torch.rand(R, generator=generator).to(DEVICE)
+    gather_R = torch.randint(40, (R,), generator=generator).to(DEVICE)
+    scatter_R = torch.randperm(R, generator=generator).to(DEVICE)
+    tile = PLANS[kernel].up
+    for options in (
+        {"gelu": True},
+        {"row_weights_R": weights_R},
+        {"gather_R": gather_R, "scatter_R": scatter_R, "row_weights_R": weights_R, "gelu": True},
+    ):
+        given = rows if "gather_R" in options else rows[gather_R]
+        result = fused.grouped_gemm(given, weight_EIO, ends_E, tile=tile, **options)
+        expected = reference.grouped_gemm(given.double(), weight_EIO.double(), ends_E, **options)
+        assert result.dtype == dtype
+        assert (result - expected).abs().max() / expected.abs().max() < BOUNDS[dtype]
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize(("tokens", "width"), [(1, 768), (9, 96), (0, 96)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_norms_and_sums(tokens: int, width: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(5)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(DEVICE, dtype)
+
+    # a common offset: the variance of one pass, or of 16 bits, would be noise
+    x_TD, y_TD, weight_D, bias_D = (
+        normal(tokens, width) + 30,
+        normal(tokens, width),
+        normal(width),
+        normal(width),
+    )
+    close = {"atol": 1e-4, "rtol": 0}
+    exact = reference.add_layer_norm(x_TD.double(), y_TD.double(), weight_D, bias_D, 1e-5)
+    assert fused.add_layer_norm(x_TD, y_TD, weight_D, bias_D, 1e-5).dtype == torch.float32
+    torch.testing.assert_close(
+        fused.add_layer_norm(x_TD, y_TD, weight_D, bias_D, 1e-5), exact.float(), **close
+    )
+    one_row = fused.add_layer_norm(x_TD, y_TD.new_ones(width), weight_D, bias_D, 1e-5)
+    torch.testing.assert_close(
+        one_row,
+        reference.add_layer_norm(x_TD, y_TD.new_ones(width), weight_D, bias_D, 1e-5),
+        **close,
+    )
+
+    router_ED = normal(8, width) / math.sqrt(width)
+    normed_TD, weights_TK, experts_TK = fused.add_norm_route(
+        x_TD, y_TD, weight_D, bias_D, 1e-5, router_ED, 2
+    )
+    expected = reference.add_norm_route(x_TD, y_TD, weight_D, bias_D, 1e-5, router_ED, 2)
+    assert torch.equal(experts_TK, expected[2])
+    torch.testing.assert_close(weights_TK, expected[1], atol=1e-5, rtol=0)
+    assert normed_TD.dtype == dtype
+    ulps = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 4e-2}[dtype]
+    torch.testing.assert_close(normed_TD, expected[0], atol=ulps, rtol=0)
+
+    rows_RD = normal(tokens * 3, width)
+    order_R = torch.randperm(tokens * 3, generator=generator).to(DEVICE)
+    for order in (None, order_R):
+        total_TD = fused.unpermute(rows_RD, order, bias_D, 3)
+        expected_TD = reference.unpermute(rows_RD.double(), order, bias_D.double(), 3)
+        torch.testing.assert_close(total_TD, expected_TD, atol=2e-6, rtol=1e-6)
+        norm = (x_TD, weight_D, bias_D, 1e-5)
+        normed = fused.unpermute_add_norm(rows_RD, order, bias_D, 3, *norm)
+        exact = reference.unpermute_add_norm(rows_RD, order, bias_D, 3, *norm)
+        assert normed.dtype == dtype
+        torch.testing.assert_close(normed, exact, atol=ulps, rtol=0)
+
+
+@triton.jit
+def gelu_kernel(x_ptr, out_ptr, EXACT: tl.constexpr, BLOCK: tl.constexpr):
+    offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(out_ptr + offsets, products.gelu(tl.load(x_ptr + offsets), EXACT))
+
+
+@pytest.mark.parametrize(("exact", "bound"), [(True, 6e-7), (False, 9e-7)])
+def test_gelu_is_the_erf_form(exact: bool, bound: float) -> None:
+    # the tanh form is 4.7e-4 away
+    x = torch.linspace(-12, 12, 1 << 16, device=DEVICE)
+    out = torch.full_like(x, math.nan)
+    gelu_kernel[(16,)](x, out, EXACT=exact, BLOCK=4096)
+    expected = 0.5 * x.double() * torch.special.erfc(-x.double() / math.sqrt(2))
+    assert (out - expected).abs().max() < bound
+    x = torch.tensor([0.0, 3e4, 3e38, math.nan] * 4, device=DEVICE)
+    out = torch.full_like(x, math.nan)
+    gelu_kernel[(1,)](x, out, EXACT=exact, BLOCK=16)
+    assert out[:3].tolist() == x[:3].tolist()
+    assert out[3].isnan()
+
+
+def test_operator_is_opaque_and_typed() -> None:
+    layer = make_layer(Case(9), torch.float32)
+    torch.library.opcheck(
+        torch.ops.nomoe.moe_layer,
+        (*layer, False),
+        test_utils=("test_schema", "test_faketensor"),
+    )
+    compiled = torch.compile(
+        lambda x: fused.moe_layer(x, *layer[1:])[0] + 1, fullgraph=True, backend="aot_eager"
+    )
+    torch.testing.assert_close(compiled(layer.x_TD), fused.moe_layer(*layer)[0] + 1)
+
+
+def test_no_gradient() -> None:
+    layer = make_layer(Case(3), torch.float32)
+    x_TD = layer.x_TD.requires_grad_()
+    out_TD = fused.moe_layer(x_TD, *layer[1:])[0]
+    with pytest.raises(RuntimeError, match="no backward pass: train with backend='torch'"):
+        out_TD.sum().backward()
+
+
+def test_no_tokens() -> None:
+    layer = make_layer(Case(0), torch.float32)
+    out_TD, weights_TK, experts_TK = fused.moe_layer(*layer)
+    assert (out_TD.shape, weights_TK.shape, experts_TK.shape) == ((0, 96), (0, 2), (0, 2))
+
+
+@pytest.fixture
+def no_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: Any, **options: Any) -> None:
+        raise AssertionError("launched before the input was checked")
+
+    for name in ("_route", "_permute", "_grouped_gemm", "_small_gemm", "_unpermute"):
+        monkeypatch.setattr(fused, name, refuse)
+
+
+def change(**changes: Any) -> Callable[[Layer], Layer]:
+    return lambda layer: layer._replace(
+        **{name: make(getattr(layer, name)) for name, make in changes.items()}
+    )
+
+
+BAD_LAYERS = {
+    "x_TD is .*expected": change(x_TD=lambda x: x[0]),
+    "x_TD has dtype torch.float64": change(x_TD=lambda x: x.double()),
+    "dtypes are": change(x_TD=lambda x: x.half()),
+    "x_TD has strides": change(x_TD=lambda x: x.T.contiguous().T),
+    "x_TD is 90 wide, expected a multiple of 16": change(x_TD=lambda x: x[:, :90].contiguous()),
+    "x_TD is on meta": change(x_TD=lambda x: x.to("meta")),
+    "router_weight_ED is": change(router_ED=lambda r: r[:, :80].contiguous()),
+    "w1_EDF holds 8 experts, the router 7": change(router_ED=lambda r: r[:7]),
+    "there are 65 experts": change(router_ED=lambda r: r[:1].repeat(65, 1)),
+    "top_k is 9": change(top_k=lambda k: 9),
+    "top_k is 0": change(top_k=lambda k: 0),
+    "w1_EDF is": change(w1_EDF=lambda w: w[:, :80]),
+    "w1_EDF has strides": change(w1_EDF=lambda w: w[:, :, ::2]),
+    "w2_EFD is": change(w2_EFD=lambda w: w[:, :64].contiguous()),
+    "bias_D is": change(bias_D=lambda b: b[:-1]),
+}
+
+
+@pytest.mark.usefixtures("no_launch")
+@pytest.mark.parametrize("message", list(BAD_LAYERS))
+def test_bad_layers_are_refused(message: str) -> None:
+    layer = BAD_LAYERS[message](make_layer(Case(4), torch.float32))
+    with pytest.raises(ValueError, match=message):
+        fused.moe_layer(*layer)
+
+
+@pytest.mark.usefixtures("no_launch")
+def test_bad_routings_are_refused() -> None:
+    experts_TK = torch.tensor([[0, 3], [8, 1]], device=DEVICE)
+    with pytest.raises(ValueError, match="experts_TK runs from 0 to 8, outside 0 to 7"):
+        fused.permute(experts_TK, 8)
+    with pytest.raises(ValueError, match="runs from -1 to 7"):
+        fused.permute(experts_TK - 1, 8)
+    with pytest.raises(ValueError, match=r"torch.int32, expected \(T, K\) of torch.int64"):
+        fused.permute(experts_TK.int(), 8)
+    rows, weight = torch.ones(4, 16, device=DEVICE), torch.ones(2, 16, 16, device=DEVICE)
+    ends_E = torch.tensor([2, 4], dtype=torch.int32, device=DEVICE)
+    with pytest.raises(ValueError, match="ends_E is"):
+        fused.grouped_gemm(rows, weight, ends_E.long())
+    with pytest.raises(ValueError, match="scatter_R is"):
+        fused.grouped_gemm(rows, weight, ends_E, scatter_R=ends_E)
+    with pytest.raises(ValueError, match="not a multiple of top_k 3"):
+        fused.unpermute(rows, None, torch.ones(16, device=DEVICE), 3)
+
+
+@pytest.mark.skipif(CUDA, reason="the interpreter's own limit")
+def test_interpreter_refuses_bfloat16() -> None:
+    with pytest.raises(ValueError, match="interpreter multiplies wrongly"):
+        fused.moe_layer(*make_layer(Case(4), torch.bfloat16))
