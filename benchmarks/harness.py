@@ -63,6 +63,8 @@ class Contender:
     flop: int
     # how far its output may be from the case's; None for a ceiling, which computes something else
     bound: Deviation | None
+    # fewest bytes the work moves, each input read and each output written once; 0 if not counted
+    bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,7 @@ def check_agreement(
         raise DisagreementError(
             f"{name}: output is {tuple(output_BD.shape)}, expected {tuple(expected_BD.shape)}"
         )
-    output_BD, expected_BD = output_BD.cpu().double(), expected_BD.cpu().double()
+    output_BD, expected_BD = output_BD.double(), expected_BD.to(output_BD.device).double()
     deviation = Deviation(
         float((1 - F.cosine_similarity(output_BD, expected_BD)).mean()),
         float((output_BD - expected_BD).abs().max()),
@@ -141,6 +143,25 @@ def time_call(run: Callable[[], Output], device: torch.device) -> tuple[float, O
         end.record()
         torch.cuda.synchronize()
     return begin.elapsed_time(end) / 1000, output
+
+
+def captured(run: Callable[[], Output]) -> Callable[[], Output]:
+    """Record a run as a CUDA graph; calling the result replays it into the same output."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        # compiles kernels and fills caches, which a capture may not
+        run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = run()
+
+    def replay() -> Output:
+        graph.replay()
+        return output
+
+    return replay
 
 
 def interleave(
@@ -357,6 +378,8 @@ def _rows(case: Case, results: list[Result]) -> list[dict[str, Any]]:
     percentiles = {
         one.contender.name: np.percentile(one.seconds, (20, 50, 80)).tolist() for one in results
     }
+    # what the work cannot do without takes at least this long
+    floors = [percentiles[one.contender.name][1] for one in results if one.contender.bound is None]
     rows = []
     for contender, deviation, seconds in results:
         p20, median, p80 = percentiles[contender.name]
@@ -368,6 +391,8 @@ def _rows(case: Case, results: list[Result]) -> list[dict[str, Any]]:
             "p80_ms": 1e3 * p80,
             "tflop_per_s": contender.flop / median / 1e12,
             "ratio": percentiles[case.baseline][1] / median,
+            **({"gb_per_s": contender.bytes / median / 1e9} if contender.bytes else {}),
+            **({"of_ceiling": max(floors) / median} if floors else {}),
             "flop": contender.flop,
             "times_ms": [1e3 * one for one in seconds],
         }
@@ -388,12 +413,15 @@ def render(record: Mapping[str, Any]) -> str:
         "",
         f"Machine: {record['machine']}.",
         f"Settings: {settings}.",
-        "Ratio: speed relative to the contender at 1.00. TFLOP/s: work on real tokens only.",
+        "Ratio: speed relative to the contender at 1.00. TFLOP/s: work on real tokens only. "
+        "Of ceiling: the slowest ceiling's time over this one's.",
         *(f"Not run: {name}: {reason}." for name, reason in record["not_run"].items()),
     ]
     for case in record["cases"]:
         cells = [
-            ["contender", "tokens/s", "median ms", "p20", "p80", "TFLOP/s", "ratio", "1 - cosine"]
+            "contender,tokens/s,median ms,p20,p80,TFLOP/s,GB/s,ratio,of ceiling,1 - cosine".split(
+                ","
+            )
         ]
         for row in case["contenders"]:
             times = (row[f"{which}_ms"] for which in ("median", "p20", "p80"))
@@ -403,7 +431,9 @@ def render(record: Mapping[str, Any]) -> str:
                     f"{row['tokens_per_s']:,.0f}",
                     *(f"{one:,.1f}" if one >= 10 else f"{one:.3f}" for one in times),
                     f"{row['tflop_per_s']:.3g}",
+                    f"{row['gb_per_s']:,.0f}" if "gb_per_s" in row else "",
                     f"{row['ratio']:.2f}",
+                    f"{row['of_ceiling']:.0%}" if "of_ceiling" in row else "",
                     f"{row['deviation']['cosine_distance']:.1e}" if "deviation" in row else "",
                 ]
             )

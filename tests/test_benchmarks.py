@@ -238,8 +238,26 @@ def test_derived_figures():
 
     [row] = [line for line in harness.render(record).splitlines() if line.startswith("| fast")]
     cells = [cell.strip() for cell in row.strip("|").split("|")]
-    assert cells == ["fast", "10,000", "30.0", "18.0", "42.0", "0.2", "2.00", "1.0e-12"]
+    # no bytes are counted; the other one, without a bound, is the ceiling
+    assert cells == ["fast", "10,000", "30.0", "18.0", "42.0", "0.2", "", "2.00", "200%", "1.0e-12"]
     assert "Not run: other: not installed." in harness.render(record)
+
+
+def test_share_of_the_slowest_ceiling():
+    one = Contender("one", lambda: torch.ones(1), flop=1, bound=BOUND, bytes=8 * 10**9)
+    ceilings = [Contender(name, one.run, flop=1, bound=None) for name in ("math", "memory")]
+    case = Case("case", 1, [one, *ceilings], torch.ones(1), baseline="one")
+    results = [
+        harness.Result(contender, None, [seconds])
+        for contender, seconds in zip(case.contenders, (4.0, 1.0, 3.0), strict=True)
+    ]
+    record = harness.make_record(
+        "it", [(case, results)], command="", machine="", settings={}, not_run={}
+    )
+    first = record["cases"][0]["contenders"][0]
+    assert (first["gb_per_s"], first["of_ceiling"]) == (2.0, 0.75)
+    [row] = [line for line in harness.render(record).splitlines() if line.startswith("| one")]
+    assert [cell.strip() for cell in row.strip("|").split("|")][-4:] == ["2", "1.00", "75%", ""]
 
 
 def test_flop_of_the_real_model():
@@ -264,6 +282,60 @@ def test_ceiling_runs_the_products_of_the_forward(tiny):
         names = ("mm", "addmm")
         found = sum(flop for op, flop in products.items() if op.__name__ in names)
         assert found == expected
+
+
+# --- one MoE layer ---
+
+
+@pytest.fixture
+def bench_moe(monkeypatch):
+    """The script as a module, as `bench_encoder`."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    return importlib.import_module("bench_moe")
+
+
+def test_routings(bench_moe):
+    tokens = 7 * 8 * 50
+    for routing in bench_moe.ROUTINGS:
+        choices = bench_moe.draw_choices(tokens, 8, routing)
+        assert (choices[:, 0] != choices[:, 1]).all()
+        shares = choices.flatten().bincount(minlength=8) / choices.numel()
+        if routing == "balanced":
+            assert torch.equal(shares, torch.full((8,), 1 / 8))
+        elif routing == "skewed":
+            assert shares[0] == 0.5
+            assert (shares[1:] > 0.05).all()
+        else:
+            assert (shares.diff() < 0).all()
+            assert shares[0] < 0.25
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tokens_go_where_they_should(bench_moe, dtype):
+    layers = bench_moe.draw_layers(bench_moe.SMOKE, dtype, CPU)
+    assert len({layer.w1_EDF.sum().item() for layer in layers}) == bench_moe.LAYERS
+    choices = bench_moe.draw_choices(500, 8, "uneven")
+    tokens = bench_moe.draw_tokens(choices, layers[0])
+    weights, experts = bench_moe.reference.route(tokens, layers[0].router_ED, 2)
+    assert torch.equal(experts, choices)
+    assert weights.sum(1).mean() == pytest.approx(0.70, abs=0.02)
+
+
+def test_stock_layer(bench_moe):
+    layer = bench_moe.draw_layers(bench_moe.SMOKE, torch.float32, CPU)[0]
+    tokens = bench_moe.draw_tokens(bench_moe.draw_choices(50, 8, "uneven"), layer)
+    expected = bench_moe.reference.moe_layer(tokens, *layer, 2)[0]
+    harness.check_agreement("stock", bench_moe.stock_layer(tokens, layer), expected, BOUND)
+
+
+def test_a_layer_that_is_wrong_only_in_the_middle_is_refused(bench_moe):
+    layers = bench_moe.draw_layers(bench_moe.SMOKE, torch.float32, CPU)
+    work = bench_moe.layer_work(5, "balanced", layers, ["nomoe (torch)"])
+    right = work.runs["nomoe (torch)"]
+    bench_moe.build_case(work, layers, "float32", CPU)
+    work.runs["nomoe (torch)"] = lambda one: right(one) * (1.01 if one is layers[2] else 1)
+    with pytest.raises(RuntimeError, match="layer, 5 tokens, balanced, nomoe"):
+        bench_moe.build_case(work, layers, "float32", CPU)
 
 
 # --- results ---
@@ -307,6 +379,35 @@ def test_smoke_run_writes_its_results(tmp_path):
             assert 0 < one["p20_ms"] <= one["median_ms"] <= one["p80_ms"]
             assert one["tokens_per_s"] == pytest.approx(1e3 * case["tokens"] / one["median_ms"])
         assert all(one["deviation"]["max_abs"] <= 1e-4 for one in (nomoe, loop))
+
+
+def test_smoke_run_of_a_layer(tmp_path):
+    command = ["benchmarks/bench_moe.py", "--smoke", "--device=cpu", "--repeats=1", "--tokens=9"]
+    search = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, *command, "--output", str(tmp_path)],
+        cwd=ROOT,
+        env=environment | {"PYTHONPATH": search},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    record = json.loads(
+        next(tmp_path.glob("*-bench_moe-layer-cpu-bfloat16-smoke.json")).read_text()
+    )
+    titles = [f"layer, 9 tokens, {one}" for one in ("balanced", "skewed", "uneven")]
+    assert [case["title"] for case in record["cases"]] == titles
+    assert "Triton's kernels need CUDA" in record["not_run"]["nomoe (triton)"]
+    width, ffn_width = 96, 192
+    for case in record["cases"]:
+        torch_loop, stock, products, copy = case["contenders"]
+        assert [torch_loop["name"], stock["name"]] == ["nomoe (torch)", "torch, F.grouped_mm"]
+        # six layers, two rows for each token, two products, two operations each
+        assert torch_loop["flop"] == 6 * 9 * 2 * 2 * 2 * width * ffn_width
+        slowest = max(products["median_ms"], copy["median_ms"])
+        assert stock["of_ceiling"] == pytest.approx(slowest / stock["median_ms"])
 
 
 def test_results_are_never_replaced(tmp_path):

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from nomoe import Encoder, data
 from nomoe.verify import verify_golden
+from nomoe_kernels import reference
 
 pytestmark = pytest.mark.gpu
 
@@ -49,3 +52,122 @@ def test_moving_an_encoder(tiny_folder: Path) -> None:
     after = encoder.encode("a", prompt_name="query", device="cuda")
     assert encoder.device.type == "cuda"
     assert np.abs(after - before).max() < 1e-5
+
+
+# --- the kernels at the real sizes, with the configured tiles ---
+
+E, K, D, F = 8, 2, 768, 3072
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+def real_layer(dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    generator = torch.Generator("cuda").manual_seed(seed)
+
+    def normal(*shape: int, scale: float = 1.0) -> Tensor:
+        return (torch.randn(*shape, generator=generator, device="cuda") * scale).to(dtype)
+
+    return (
+        normal(E, D, scale=D**-0.5),
+        normal(E, F, D, scale=D**-0.5).transpose(1, 2),
+        normal(E, F, D, scale=F**-0.5),
+        normal(D),
+    )
+
+
+def tokens_of(count: int, dtype: torch.dtype, seed: int = 1) -> Tensor:
+    generator = torch.Generator("cuda").manual_seed(seed)
+    return torch.randn(count, D, generator=generator, device="cuda").to(dtype)
+
+
+def moe_layer(x_TD: Tensor, *weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    from nomoe_kernels import fused
+
+    return fused.moe_layer(x_TD, *weights, K)
+
+
+@pytest.mark.parametrize("count", [1, 7, 64, 129, 500, 1000, 3000, 20_000])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_layer_at_every_size(count: int, dtype: torch.dtype) -> None:
+    x_TD, weights = tokens_of(count, dtype), real_layer(dtype)
+    out_TD, weights_TK, experts_TK = moe_layer(x_TD, *weights)
+    exact = reference.moe_layer(x_TD.double(), *(one.double() for one in weights), K)
+    plain = reference.moe_layer(x_TD, *weights, K)
+    assert torch.equal(experts_TK, plain[2])
+    torch.testing.assert_close(weights_TK, plain[1], atol=1e-6, rtol=0)
+    # float32 near-ties may go either way against float64
+    same = (experts_TK == exact[2]).all(dim=1)
+    assert same.float().mean() > 0.999
+    rms, plain_rms = (
+        (one[0] - exact[0])[same].square().mean().sqrt() for one in ((out_TD,), plain)
+    )
+    assert rms <= 1.5 * plain_rms
+    assert out_TD.isfinite().all()
+
+
+@pytest.mark.parametrize("count", [16, 300, 4096, 40_000])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_hundred_repeats_are_the_same_bits(count: int, dtype: torch.dtype) -> None:
+    x_TD, weights = tokens_of(count, dtype), real_layer(dtype)
+    first = moe_layer(x_TD, *weights)
+    for _ in range(100):
+        again = moe_layer(x_TD, *weights)
+        assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True))
+
+
+def test_a_text_alone_takes_the_same_route() -> None:
+    x_TD, weights = tokens_of(2000, torch.float16), real_layer(torch.float16)
+    together = moe_layer(x_TD, *weights)
+    alone = moe_layer(x_TD[100:116], *weights)
+    assert torch.equal(alone[2], together[2][100:116])
+    assert torch.equal(alone[1], together[1][100:116])
+
+
+@pytest.mark.parametrize("count", [16, 300, 5000])
+def test_no_synchronisation_and_graph_replay(count: int) -> None:
+    weights = real_layer(torch.float16)
+    x_TD = tokens_of(count, torch.float16)
+    moe_layer(x_TD, *weights)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        moe_layer(x_TD, *weights)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = moe_layer(x_TD, *weights)
+    for seed in (2, 3):
+        x_TD.copy_(tokens_of(count, torch.float16, seed))
+        graph.replay()
+        expected = moe_layer(x_TD.clone(), *weights)
+        for one, other in zip(captured, expected, strict=True):
+            assert torch.equal(one, other)
+
+
+def test_rows_past_the_reach_of_int32() -> None:
+    # 2 * 400,000 rows of 3072 numbers: offsets pass 2^31 at token 349,525
+    weights = real_layer(torch.float16)
+    few_TD = tokens_of(4000, torch.float16)
+    out_TD = moe_layer(few_TD.repeat(100, 1), *weights)[0]
+    expected_TD = moe_layer(few_TD, *weights)[0]
+    off = (out_TD.view(100, 4000, D) - expected_TD).abs().amax() / expected_TD.abs().max()
+    assert off < 2e-3
+
+
+@pytest.mark.parametrize("count", [24, 700, 6000])
+def test_a_bad_token_stays_alone_at_real_size(count: int) -> None:
+    weights = real_layer(torch.float16)
+    x_TD = tokens_of(count, torch.float16)
+    clean = moe_layer(x_TD, *weights)[0]
+    x_TD[3], x_TD[count - 1, 5] = math.nan, math.inf
+    out_TD = moe_layer(x_TD, *weights)[0]
+    good = [t for t in range(count) if t not in (3, count - 1)]
+    assert torch.equal(out_TD[good], clean[good])
+    assert out_TD[3].isnan().any()
+
+
+def test_compiled_whole() -> None:
+    weights = real_layer(torch.float16)
+    x_TD = tokens_of(300, torch.float16)
+    compiled = torch.compile(lambda x: moe_layer(x, *weights)[0] * 2, fullgraph=True)
+    assert torch.equal(compiled(x_TD), moe_layer(x_TD, *weights)[0] * 2)

@@ -7,7 +7,9 @@ shared memory.
 
 from __future__ import annotations
 
+import itertools
 import json
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -91,6 +93,8 @@ MMA_32 = {
     Tile("pointer", 64, 64, 32, 4, 3): 0.9,
     Tile("pointer", 32, 64, 32, 4, 3): 0.5,
 }
+# block_m and block_n the tuner tries
+BLOCKS = ((128, 256), (128, 128), (64, 256), (64, 128), (32, 128), (32, 64))
 # the least shared memory of all, and the last resort
 MINIMAL = Tile("pointer", 32, 32, 32, 4, 2)
 
@@ -159,6 +163,36 @@ def menu(device: Device, itemsize: int) -> dict[Tile, float]:
     if device.capability == (9, 0):
         return WGMMA_16 if itemsize == 2 else WGMMA_32
     return MMA_16 if itemsize == 2 else MMA_32
+
+
+def candidates(device: Device, itemsize: int, experts: int, inner: int) -> Iterator[Tile]:
+    """The tiles for sorted or gathered rows that are worth measuring on a device."""
+    kernels: list[Kernel] = ["pointer"]
+    if device.capability >= (9, 0) and itemsize == 2:
+        kernels.append("tma")
+    if device.capability == (9, 0) and itemsize == 2:
+        kernels.append("specialized")
+    block_k = 64 if itemsize == 2 and device.capability >= (9, 0) else 32
+    for kernel, (block_m, block_n), stages in itertools.product(kernels, BLOCKS, (3, 4)):
+        warps = 8 if block_m * block_n > 64 * 128 and kernel != "specialized" else 4
+        tile = Tile(kernel, block_m, block_n, block_k, warps, stages)
+        fits = tile.shared_memory(itemsize) <= device.shared_memory
+        # three passes of tf32 and gathered rows leave no registers for the largest block
+        is_too_large = block_n == 256 and (itemsize == 4 or kernel == "pointer")
+        # fewer rows than 128 give both groups of multiplying warps the same half
+        is_wasteful = kernel == "specialized" and block_m < 128
+        if fits and supports(tile, experts, inner) and not (is_too_large or is_wasteful):
+            yield tile
+
+
+def small_candidates(device: Device, itemsize: int, *, splits: tuple[int, ...]) -> Iterator[Tile]:
+    """The tiles for few rows that are worth measuring on a device."""
+    for block_m, block_n, block_k, split in itertools.product(
+        (16, 32, 64), (64, 128), (64, 128), splits
+    ):
+        tile = Tile("small", block_m, block_n, block_k, 4, 4, split)
+        if tile.shared_memory(itemsize) <= device.shared_memory:
+            yield tile
 
 
 def _largest(device: Device, shape: Shape, inner: int, outer: int) -> Tile:

@@ -465,6 +465,7 @@ def _grouped_gemm(
         products.tma_kernel[(programs,)](
             rows_RI, weight_EIO, ends_E, scatter_R, row_weights_R, out_RO, R,
             I=inner, O=outer, E=E, O_CONTIGUOUS=is_o_contiguous, GELU=gelu,
+            EXACT_GELU=rows_RI.dtype == torch.float32, PRECISION=_precision(rows_RI),
             BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
             SPECIALIZE=tile.kernel == "specialized", num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip

@@ -183,6 +183,8 @@ def tma_kernel(
     E: tl.constexpr,
     O_CONTIGUOUS: tl.constexpr,
     GELU: tl.constexpr,
+    EXACT_GELU: tl.constexpr,
+    PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -227,12 +229,12 @@ def tma_kernel(
                 b_KN = weight_desc.load([expert * I + k, column])
             else:
                 b_KN = weight_desc.load([expert * O + column, k]).T
-            acc_MN = tl.dot(a_MK, b_KN, acc_MN)
+            acc_MN = tl.dot(a_MK, b_KN, acc_MN, input_precision=PRECISION)
         rows_M = start + tl.arange(0, BLOCK_M)
         columns_N = column + tl.arange(0, BLOCK_N)
         finish_tile(
             acc_MN, rows_M, rows_M < stop, columns_N, scatter_ptr, row_weights_ptr, out_ptr,
-            O, GELU, False,
+            O, GELU, EXACT_GELU,
         )  # fmt: skip
 
 

@@ -1,0 +1,135 @@
+"""Tiles: what the formula picks, what the table overrides, and the tuner that writes the table."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from nomoe_kernels import configs, tune
+from nomoe_kernels.configs import Device, Plan, Shape, Tile
+from tests.compile_kernels import DEVICES
+
+LAYER = Shape(experts=8, width=768, ffn_width=3072, itemsize=2, rows=0)
+H200 = DEVICES["cuda:90"]
+
+
+@pytest.fixture
+def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A table of our own in place of the one that ships."""
+    path = tmp_path / "tuned.json"
+    monkeypatch.setattr(configs, "TUNED", path)
+    forget()
+    yield path
+    forget()
+
+
+def forget() -> None:
+    configs.tuned_entries.cache_clear()
+    configs._plan.cache_clear()
+
+
+def test_size_classes() -> None:
+    sizes = {0: 16, 1: 16, 16: 16, 17: 32, 32: 32, 33: 64, 131_072: 131_072, 131_073: 262_144}
+    assert {rows: configs.size_class(rows) for rows in sizes} == sizes
+    assert configs.size_class(1 << 30) == 1 << 20
+
+
+@pytest.mark.parametrize("device", DEVICES.values(), ids=DEVICES)
+@pytest.mark.parametrize("itemsize", [2, 4])
+def test_the_formula_respects_the_device(device: Device, itemsize: int) -> None:
+    for power in range(4, 21):
+        shape = LAYER._replace(itemsize=itemsize, rows=1 << power)
+        tiles = configs.formula(device, shape)
+        is_small = shape.rows <= configs.SMALL_ROWS
+        assert [tile.kernel == "small" for tile in tiles] == [is_small, is_small]
+        for tile in tiles:
+            assert tile.shared_memory(itemsize) <= device.shared_memory
+            # nobody has measured it yet, and it takes Hopper
+            assert tile.kernel != "specialized"
+            assert tile.kernel != "tma" or device.capability == (9, 0)
+
+
+def test_the_formula_fills_the_device() -> None:
+    def up(rows: int) -> Tile:
+        return configs.formula(H200, LAYER._replace(rows=rows)).up
+
+    # 512 rows: 64 of each expert, so larger blocks would be half empty
+    assert (up(512).block_m, up(512).block_n) == (64, 128)
+    assert {up(1 << power)[:3] for power in range(13, 19)} == {("tma", 128, 256)}
+
+
+def test_layers_the_tma_kernel_cannot_take() -> None:
+    many = configs.formula(H200, LAYER._replace(experts=64, rows=1 << 18))
+    assert {tile.kernel for tile in many} == {"pointer"}
+    odd = configs.formula(H200, LAYER._replace(ffn_width=3072 + 16, rows=1 << 18))
+    assert odd.down.kernel == "pointer"
+    nothing_fits = Device((8, 0), 1, 1024)
+    assert configs.formula(nothing_fits, LAYER._replace(rows=4096)).up == configs.MINIMAL
+
+
+def test_the_table_overrides_the_formula(table: Path) -> None:
+    measured = Plan(Tile("tma", 64, 256, 64, 4, 4), Tile("pointer", 64, 64, 64, 4, 4))
+    shape = LAYER._replace(rows=4096)
+    table.write_text(json.dumps([tune.entry(H200, shape, measured, 1e-3)]))
+    # every number of rows of the class, and no other class, size or device
+    assert configs.plan(H200, LAYER._replace(rows=2049)) == measured
+    for other in (
+        LAYER._replace(rows=4097),
+        LAYER._replace(rows=2048),
+        shape._replace(width=1024),
+        shape._replace(itemsize=4),
+    ):
+        assert configs.plan(H200, other) != measured
+    assert configs.plan(DEVICES["cuda:80"], shape) != measured
+
+
+def test_candidates_fit() -> None:
+    for device in DEVICES.values():
+        for itemsize in (2, 4):
+            tiles = list(configs.candidates(device, itemsize, 8, 768))
+            assert len(set(tiles)) == len(tiles) > 2
+            assert all(tile.shared_memory(itemsize) <= device.shared_memory for tile in tiles)
+    kernels = {tile.kernel for tile in configs.candidates(H200, 2, 8, 768)}
+    assert kernels == {"pointer", "tma", "specialized"}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="times the interpreter")
+def test_the_tuner(
+    table: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good, other = Tile("pointer", 16, 32, 32, 4, 2), Tile("pointer", 32, 32, 32, 4, 2)
+    monkeypatch.setattr(configs, "candidates", lambda *given: iter([good, other]))
+    monkeypatch.setattr(configs, "small_candidates", lambda *given, splits: iter([]))
+    run_layer, spoiled = tune.fused.run_layer, Plan(other, good)
+
+    def run(*layer: object, tiles: Plan) -> tuple[torch.Tensor, ...]:
+        out, *rest = run_layer(*layer, tiles=tiles)
+        # the fastest and wrong
+        return (out * (2 if tiles.up == spoiled.up else 1), *rest)
+
+    monkeypatch.setattr(tune.fused, "run_layer", run)
+    monkeypatch.setattr(tune, "time_plan", lambda layers, tiles, repeats: 1e-3 + tiles.down.block_m)
+    sizes = ["--width=32", "--ffn-width=32", "--experts=4", "--dtype=float32"]
+    assert tune.main([*sizes, "--rows", "16", "20"]) == 0
+    assert "left out, its result is wrong: Plan(up=Tile(kernel='pointer', block_m=32" in (
+        capsys.readouterr().err
+    )
+    forget()
+    device = configs.device_of(torch.device("cpu"))
+    for rows in (16, 32):
+        shape = Shape(4, 32, 32, 4, rows)
+        assert configs.tuned_plan(device, shape) == Plan(good, good)
+
+    # what the table has is kept as it is, unless asked
+    before = table.read_text()
+    monkeypatch.setattr(tune, "tune", lambda *given: 1 / 0)
+    assert tune.main([*sizes, "--rows", "16", "20"]) == 0
+    assert table.read_text() == before
+    with pytest.raises(ZeroDivisionError):
+        tune.main([*sizes, "--rows", "16", "--again"])
+    assert table.read_text() == before
