@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from itertools import groupby
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -41,39 +40,6 @@ class NomicMoEOutput(NamedTuple):
     router_experts: tuple[Tensor, ...] | None = None
 
 
-class Packing(NamedTuple):
-    """How the T tokens of a packed batch divide into texts, and where each token stands."""
-
-    lengths: list[int]
-    # cosine and sine of each token's rotary angles, (T, 1, 1, H / 2), float32
-    cos: Tensor
-    sin: Tensor
-
-
-def rotary_angles(positions_T: Tensor, config: NomicMoEConfig) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of position * base^(-2i / H), i < H / 2, each (T, 1, 1, H / 2) in float32.
-
-    The angles are computed in float64 at every call: a table built once is what transformers 5
-    fills with uninitialised memory, and this costs less than one layer's norm.
-    """
-    exponents = torch.arange(0, config.head_width, 2, device=positions_T.device).double()
-    frequencies = config.rotary_emb_base ** (-exponents / config.head_width)
-    angles = positions_T.double()[:, None, None, None] * frequencies
-    return angles.cos().float(), angles.sin().float()
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Apply rotary embedding over the whole head, in halves: (a cos - b sin, b cos + a sin).
-
-    Computed in float32 and rounded once, into a result of the dtype of x, (T, ..., H).
-    """
-    a, b = x.chunk(2, dim=-1)
-    rotated = torch.empty_like(x)
-    rotated[..., : a.shape[-1]] = a * cos - b * sin
-    rotated[..., a.shape[-1] :] = b * cos + a * sin
-    return rotated
-
-
 class Embeddings(nn.Module):
     """Word embedding plus the one token-type row. The <pad> row is trained, so it stays."""
 
@@ -88,9 +54,16 @@ class Embeddings(nn.Module):
             config.type_vocab_size, width, _weight=torch.empty(config.type_vocab_size, width)
         )
 
-    def forward(self, ids_T: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the words' rows, (T, D), and the type row, (D,); the embedding norm adds them."""
-        return self.word_embeddings(ids_T), self.token_type_embeddings.weight[0]
+    def forward(self, ids_T: Tensor, norm: nn.LayerNorm, ops: Ops) -> Tensor:
+        """LayerNorm(word + type), (T, D)."""
+        return ops.embed(
+            ids_T,
+            self.word_embeddings.weight,
+            self.token_type_embeddings.weight[0],
+            norm.weight,
+            norm.bias,
+            norm.eps,
+        )
 
 
 class Attention(nn.Module):
@@ -102,26 +75,11 @@ class Attention(nn.Module):
         self.Wqkv = nn.Linear(config.n_embd, 3 * config.n_embd)
         self.out_proj = nn.Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x_TD: Tensor, packing: Packing) -> Tensor:
+    def forward(self, x_TD: Tensor, packing: Any, ops: Ops) -> Tensor:
         """Attend within each text, (T, D)."""
         # q, k, v one after the other, each with its heads contiguous ("three-major")
         qkv_T3NH = self.Wqkv(x_TD).unflatten(-1, (3, self.heads, -1))
-        q_TNH, k_TNH = rotate(qkv_T3NH[:, :2], packing.cos, packing.sin).unbind(dim=1)
-        v_TNH = qkv_T3NH[:, 2]
-
-        parts = []
-        start = 0
-        # neighbours of equal length share one call
-        for length, run in groupby(packing.lengths):
-            end = start + length * sum(1 for _ in run)
-            q_BNLH, k_BNLH, v_BNLH = (
-                t_TNH[start:end].unflatten(0, (-1, length)).transpose(1, 2)
-                for t_TNH in (q_TNH, k_TNH, v_TNH)
-            )
-            out_BNLH = F.scaled_dot_product_attention(q_BNLH, k_BNLH, v_BNLH)
-            parts.append(out_BNLH.transpose(1, 2).flatten(0, 1).flatten(1))
-            start = end
-        out_TD: Tensor = self.out_proj(torch.cat(parts) if parts else x_TD)
+        out_TD: Tensor = self.out_proj(ops.attention(qkv_T3NH, packing))
         return out_TD
 
 
@@ -150,10 +108,10 @@ class Layer(nn.Module):
         self.norm2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
 
     def forward(
-        self, x_TD: Tensor, packing: Packing, ops: Ops
+        self, x_TD: Tensor, packing: Any, ops: Ops
     ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
         """Apply the layer; also return a MoE layer's router weights and experts, (T, K) each."""
-        normed_TD = add_norm(ops, x_TD, self.attn(x_TD, packing), self.norm1)
+        normed_TD = add_norm(ops, x_TD, self.attn(x_TD, packing, ops), self.norm1)
         dtype, routing = x_TD.dtype, None
         x_TD = normed_TD.to(dtype)
         if isinstance(self.mlp, MoE):
@@ -355,6 +313,7 @@ class NomicMoEModel(nn.Module):
             ids_T.to(self.device),
             [length for length in lengths if length],
             columns_T.to(self.device),
+            span=input_ids.shape[1],
             output_hidden_states=output_hidden_states,
             output_routing=output_routing,
         )
@@ -419,6 +378,7 @@ class NomicMoEModel(nn.Module):
             ids_T,
             lengths,
             positions.to(ids_T.device, non_blocking=True),
+            span=max(lengths, default=1),
             output_hidden_states=output_hidden_states,
             output_routing=output_routing,
         )
@@ -445,13 +405,20 @@ class NomicMoEModel(nn.Module):
         lengths: list[int],
         positions_T: Tensor,
         *,
+        span: int,
         output_hidden_states: bool,
         output_routing: bool,
     ) -> NomicMoEOutput:
         ops = self.backend.ops
-        packing = Packing(lengths, *rotary_angles(positions_T, self.config))
-        words_TD, type_D = self.embeddings(ids_T.long())
-        x_TD = add_norm(ops, words_TD, type_D, self.emb_ln).to(self.dtype)
+        packing = ops.pack(
+            lengths,
+            positions_T,
+            span,
+            self.config.head_width,
+            self.config.rotary_emb_base,
+            self.dtype,
+        )
+        x_TD = self.embeddings(ids_T.long(), self.emb_ln, ops)
         hidden = [x_TD]
         routings = []
         for layer in self.encoder.layers:
@@ -460,6 +427,10 @@ class NomicMoEModel(nn.Module):
                 hidden.append(x_TD)
             if routing is not None and output_routing:
                 routings.append(routing)
+        if torch.is_grad_enabled():
+            # autograd knows nothing of Triton kernels, and would take their results for constants
+            hidden = [ops.differentiable(one, self.emb_ln.weight) for one in hidden]
+            x_TD = ops.differentiable(x_TD, self.emb_ln.weight)
         return NomicMoEOutput(
             last_hidden_state=x_TD,
             hidden_states=tuple(hidden) if output_hidden_states else None,

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from importlib.util import find_spec
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +36,32 @@ class Ops(Protocol):
         self, x_TD: Tensor, y_TD: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float
     ) -> Tensor: ...
 
-    def mean_pool(self, hidden_TD: Tensor, lengths: list[int]) -> Tensor: ...
+    # a packing is the kernel module's own: `attention` takes what `pack` of the same one returned
+    def pack(
+        self,
+        lengths: Sequence[int],
+        positions_T: Tensor,
+        span: int,
+        head_width: int,
+        rotary_base: float,
+        dtype: torch.dtype,
+    ) -> Any: ...
+
+    def attention(self, qkv_T3NH: Tensor, packing: Any) -> Tensor: ...
+
+    def embed(
+        self,
+        ids_T: Tensor,
+        words_VD: Tensor,
+        type_D: Tensor,
+        norm_weight_D: Tensor,
+        norm_bias_D: Tensor,
+        eps: float,
+    ) -> Tensor: ...
+
+    def mean_pool(self, hidden_TD: Tensor, lengths: Sequence[int]) -> Tensor: ...
+
+    def differentiable(self, x: Tensor, parameter: Tensor) -> Tensor: ...
 
 
 class Backend(NamedTuple):

@@ -357,6 +357,17 @@ def test_triton_backend_under_the_interpreter() -> None:
         model.bfloat16()
 
 
+def test_triton_backend_refuses_to_train() -> None:
+    model = tiny_model("triton")
+    ids_T = torch.tensor([0, 5, 2])
+    output = model.forward_packed(ids_T, [3], output_hidden_states=True)
+    for hidden_TD in (output[0], output.hidden_states[0], output.hidden_states[3]):
+        with pytest.raises(RuntimeError, match="no backward pass: train with backend='torch'"):
+            hidden_TD.sum().backward()
+    with torch.no_grad():
+        assert not model.forward_packed(ids_T, [3])[0].requires_grad
+
+
 def tiny_model(backend: BackendName) -> NomicMoEModel:
     return NomicMoEModel.from_pretrained(data.TINY, device="cpu", backend=backend)
 

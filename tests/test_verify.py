@@ -98,11 +98,11 @@ def interleaved_rotary(encoder: NomicMoEModel, patch: pytest.MonkeyPatch) -> Non
         a, b = x_TNH[..., 0::2], x_TNH[..., 1::2]
         return torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2)
 
-    patch.setattr(model, "rotate", rotate)
+    patch.setattr(reference, "rotate", rotate)
 
 
 def no_rotary(encoder: NomicMoEModel, patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(model, "rotate", lambda x_TNH, cos, sin: x_TNH)
+    patch.setattr(reference, "rotate", lambda x_TNH, cos, sin: x_TNH)
 
 
 def head_major_qkv(encoder: NomicMoEModel, patch: pytest.MonkeyPatch) -> None:
@@ -125,12 +125,12 @@ def no_token_type(encoder: NomicMoEModel, patch: pytest.MonkeyPatch) -> None:
 
 
 def native_rotary_base(encoder: NomicMoEModel, patch: pytest.MonkeyPatch) -> None:
-    original = model.rotary_angles
+    original = reference.rotary_angles
 
-    def rotary_angles(positions_T: Tensor, config: NomicMoEConfig) -> tuple[Tensor, Tensor]:
-        return original(positions_T, NomicMoEConfig(**(vars(config) | {"rotary_emb_base": 1000.0})))
+    def rotary_angles(positions_T: Tensor, head_width: int, base: float) -> tuple[Tensor, Tensor]:
+        return original(positions_T, head_width, 1000.0)
 
-    patch.setattr(model, "rotary_angles", rotary_angles)
+    patch.setattr(reference, "rotary_angles", rotary_angles)
 
 
 def native_epsilon(encoder: NomicMoEModel, patch: pytest.MonkeyPatch) -> None:
@@ -332,8 +332,7 @@ def test_full_width_holds_in_bfloat16(drawn_once: None, monkeypatch: pytest.Monk
 
 def test_rotary_angles_are_exact_far_into_a_text() -> None:
     """In 16 bits the golden data shows no error of the angles: its longest text has 128 tokens."""
-    config = NomicMoEConfig.from_dict(data.real_config())
-    cos, sin = (one.flatten(1).double() for one in model.rotary_angles(torch.arange(2048), config))
+    cos, sin = (one.double() for one in reference.rotary_angles(torch.arange(2048), 64, 10000.0))
     for i in (0, 1, 15, 31):
         angles = torch.arange(2048, dtype=torch.float64) * 10000.0 ** (-2 * i / 64)
         assert float((cos[:, i] - angles.cos()).abs().max()) < 6e-8

@@ -10,28 +10,18 @@ the range of a routing it is handed, and there is no backward pass.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
-from . import products, routing
+from . import packed, products, routing
 from .configs import Device, Plan, Shape, Tile, device_of, plan, supports
-from .reference import mean_pool
-
-__all__ = [
-    "add_layer_norm",
-    "add_norm_route",
-    "grouped_gemm",
-    "mean_pool",
-    "moe_layer",
-    "permute",
-    "route",
-    "unpermute",
-    "unpermute_add_norm",
-]
+from .reference import rotary_angles
 
 MAX_EXPERTS = 64
 MAX_TOP_K = 8
@@ -232,6 +222,134 @@ def add_layer_norm(
                 D=D, Y_STRIDE=0 if y_TD.dim() == 1 else D, BLOCK_T=4, PIECE=_piece(x_TD),
             )  # fmt: skip
     return out_TD
+
+
+class Packing(NamedTuple):
+    """What the attention kernel asks of a batch; made by `pack`."""
+
+    # place of each token in its text, (T,) int32
+    positions_T: Tensor
+    # of every position, (positions, H / 2) float32
+    cos: Tensor
+    sin: Tensor
+    # one row for each block of queries: the text's first token, its tokens, the first query; int32
+    blocks: Tensor
+    # queries in a block
+    block_m: int
+
+
+def pack(
+    lengths: Sequence[int],
+    positions_T: Tensor,
+    span: int,
+    head_width: int,
+    rotary_base: float,
+    dtype: torch.dtype,
+) -> Packing:
+    """As `reference.pack`."""
+    # short texts take small blocks; three passes of tf32 leave registers for 64 queries
+    most = 64 if dtype == torch.float32 else 128
+    block_m = min(max(16, _power_of_two(max(lengths, default=1))), most)
+    blocks = []
+    start = 0
+    for length in lengths:
+        blocks += [(start, length, query) for query in range(0, length, block_m)]
+        start += length
+    # few sizes, since each is kept
+    rows = max(2048, _power_of_two(span))
+    cos, sin = _rotary_table(rows, head_width, rotary_base, positions_T.device)
+    blocks_on_device = _copy(blocks, (len(blocks), 3), positions_T.device)
+    return Packing(positions_T.to(torch.int32), cos, sin, blocks_on_device, block_m)
+
+
+def attention(qkv_T3NH: Tensor, packing: Packing) -> Tensor:
+    """As `reference.attention`.
+
+    Raises:
+        ValueError: Shapes, dtypes, devices or strides that no kernel takes.
+    """
+    _check("qkv_T3NH", qkv_T3NH, (len(packing.positions_T), 3, None, 2 * packing.cos.shape[1]))
+    T, _, N, H = qkv_T3NH.shape
+    out_TNH = qkv_T3NH.new_empty(T, N, H)
+    is_float32 = qkv_T3NH.dtype == torch.float32
+    if T:
+        with _on(qkv_T3NH):
+            packed.attention_kernel[(len(packing.blocks), N)](
+                qkv_T3NH, packing.positions_T, packing.cos, packing.sin, packing.blocks, out_TNH,
+                N=N, H=H, PRECISION=_precision(qkv_T3NH), BLOCK_M=packing.block_m,
+                BLOCK_N=16 if is_float32 else 64, BLOCK_HALF=max(16, _power_of_two(H // 2)),
+                BLOCK_H=max(16, _power_of_two(H)), num_warps=8 if packing.block_m == 128 else 4,
+                num_stages=2,
+            )  # fmt: skip
+    return out_TNH.flatten(1)
+
+
+def embed(
+    ids_T: Tensor,
+    words_VD: Tensor,
+    type_D: Tensor,
+    norm_weight_D: Tensor,
+    norm_bias_D: Tensor,
+    eps: float,
+) -> Tensor:
+    """As `reference.embed`; ids are not checked against V.
+
+    Raises:
+        ValueError: Shapes, dtypes, devices or strides that no kernel takes.
+    """
+    _check("words_VD", words_VD, (None, None))
+    D = words_VD.shape[1]
+    _check_integers("ids_T", ids_T, len(ids_T), torch.int64, words_VD)
+    _check("type_D", type_D, (D,), like=words_VD)
+    _check("norm_weight_D", norm_weight_D, (D,), like=words_VD)
+    _check("norm_bias_D", norm_bias_D, (D,), like=words_VD)
+    out_TD = words_VD.new_empty(len(ids_T), D)
+    if len(ids_T):
+        with _on(words_VD):
+            packed.embed_kernel[(triton.cdiv(len(ids_T), 4),)](
+                ids_T, words_VD, type_D, norm_weight_D, norm_bias_D, out_TD, len(ids_T), eps,
+                D=D, BLOCK_T=4, PIECE=_piece(words_VD),
+            )  # fmt: skip
+    return out_TD
+
+
+def mean_pool(hidden_TD: Tensor, lengths: Sequence[int]) -> Tensor:
+    """As `reference.mean_pool`.
+
+    Raises:
+        ValueError: Shapes, dtypes, devices or strides that no kernel takes.
+    """
+    _check("hidden_TD", hidden_TD, (sum(lengths), None))
+    D = hidden_TD.shape[1]
+    out_BD = torch.empty(len(lengths), D, dtype=torch.float32, device=hidden_TD.device)
+    bounds = [0]
+    for length in lengths:
+        bounds.append(bounds[-1] + length)
+    if lengths:
+        bounds_on_device = _copy(bounds, (len(bounds),), hidden_TD.device)
+        with _on(hidden_TD):
+            packed.mean_pool_kernel[(len(lengths), triton.cdiv(D, 128))](
+                hidden_TD, bounds_on_device, out_BD, D=D, BLOCK_T=32, BLOCK_D=128
+            )
+    return out_BD
+
+
+class _Inference(torch.autograd.Function):
+    """The identity, whose gradient is a clear error."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, parameter: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> Any:
+        _no_backward(ctx)
+
+
+def differentiable(x: Tensor, parameter: Tensor) -> Tensor:
+    """Return x such that a gradient through it raises RuntimeError, if the parameter wants one."""
+    out: Tensor = _Inference.apply(x, parameter)  # type: ignore[no-untyped-call]
+    return out
 
 
 def moe_layer(
@@ -547,6 +665,20 @@ def _power_of_two(size: int) -> int:
     return power
 
 
+def _copy(numbers: Sequence[Any], shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """int32 numbers on a device, from pinned memory, so that nobody waits."""
+    on_host = torch.tensor(numbers, dtype=torch.int32, pin_memory=device.type == "cuda")
+    return on_host.view(shape).to(device, non_blocking=True)
+
+
+@lru_cache(maxsize=16)
+def _rotary_table(
+    rows: int, head_width: int, base: float, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    cos, sin = rotary_angles(torch.arange(rows), head_width, base)
+    return cos.to(device), sin.to(device)
+
+
 def _piece(x_TD: Tensor) -> int:
     """How much of a row one warp loads at 16 bytes per thread, less where rows are shorter."""
     return min(512 // x_TD.itemsize, _power_of_two(x_TD.shape[-1]))
@@ -599,7 +731,7 @@ def _check(
         raise ValueError(f"{name} is on {tensor.device}, the rest on {like.device}")
     if not tensor.is_contiguous():
         raise ValueError(f"{name} has strides {tensor.stride()}, expected a contiguous tensor")
-    if shape == (None, None) and (tensor.shape[1] % 16 or not tensor.shape[1]):
+    if tuple(shape) == (None, None) and (tensor.shape[1] % 16 or not tensor.shape[1]):
         raise ValueError(f"{name} is {tensor.shape[1]} wide, expected a multiple of 16")
 
 

@@ -15,6 +15,10 @@ Everything here is differentiable, runs on any device and in any floating dtype.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import groupby
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -223,9 +227,109 @@ def add_layer_norm(
     return F.layer_norm(sum_TD, weight_D.shape, weight_D.float(), bias_D.float(), eps)
 
 
-def mean_pool(hidden_TD: Tensor, lengths: list[int]) -> Tensor:
+class Packing(NamedTuple):
+    """How the T tokens of a packed batch divide into texts, and where each token stands."""
+
+    lengths: Sequence[int]
+    # cosine and sine of each token's rotary angles, (T, 1, 1, H / 2), float32
+    cos: Tensor
+    sin: Tensor
+
+
+def rotary_angles(positions_T: Tensor, head_width: int, base: float) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of position * base^(-2i / H), i < H / 2, each (T, H / 2) in float32.
+
+    The angles are computed in float64: in float32 those of late tokens would be off by 1e-4.
+    """
+    exponents = torch.arange(0, head_width, 2, device=positions_T.device).double()
+    angles = positions_T.double()[:, None] * base ** (-exponents / head_width)
+    return angles.cos().float(), angles.sin().float()
+
+
+def pack(
+    lengths: Sequence[int],
+    positions_T: Tensor,
+    span: int,
+    head_width: int,
+    rotary_base: float,
+    dtype: torch.dtype,
+) -> Packing:
+    """Prepare what `attention` needs, the same in every layer of a forward.
+
+    Args:
+        lengths: Tokens of each text, at least 1 each, T together.
+        positions_T: The place of each token in its text, from 0, integer, on the model's device.
+        span: A number that no position reaches, known without asking the device.
+        head_width: Width of a head, H.
+        rotary_base: Base of the rotary frequencies.
+        dtype: Of the tokens.
+    """
+    cos, sin = rotary_angles(positions_T, head_width, rotary_base)
+    return Packing(lengths, cos[:, None, None], sin[:, None, None])
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Apply rotary embedding over the whole head, in halves: (a cos - b sin, b cos + a sin).
+
+    Computed in float32 and rounded once, into a result of the dtype of x, (T, ..., H).
+    """
+    a, b = x.chunk(2, dim=-1)
+    rotated = torch.empty_like(x)
+    rotated[..., : a.shape[-1]] = a * cos - b * sin
+    rotated[..., a.shape[-1] :] = b * cos + a * sin
+    return rotated
+
+
+def attention(qkv_T3NH: Tensor, packing: Packing) -> Tensor:
+    """Self-attention within each text, every token to every token, with rotary embedding.
+
+    softmax(rotate(q) @ rotate(k).T / sqrt(H)) @ v
+
+    Args:
+        qkv_T3NH: Queries, keys and values of every head, (T, 3, N, H).
+        packing: What `pack` returned.
+
+    Returns:
+        (T, N * H), heads side by side.
+    """
+    q_TNH, k_TNH = rotate(qkv_T3NH[:, :2], packing.cos, packing.sin).unbind(dim=1)
+    v_TNH = qkv_T3NH[:, 2]
+    parts = []
+    start = 0
+    # neighbours of equal length share one call
+    for length, run in groupby(packing.lengths):
+        end = start + length * sum(1 for _ in run)
+        q_BNLH, k_BNLH, v_BNLH = (
+            t_TNH[start:end].unflatten(0, (-1, length)).transpose(1, 2)
+            for t_TNH in (q_TNH, k_TNH, v_TNH)
+        )
+        out_BNLH = F.scaled_dot_product_attention(q_BNLH, k_BNLH, v_BNLH)
+        parts.append(out_BNLH.transpose(1, 2).flatten(0, 1).flatten(1))
+        start = end
+    return torch.cat(parts) if parts else v_TNH.flatten(1)
+
+
+def embed(
+    ids_T: Tensor,
+    words_VD: Tensor,
+    type_D: Tensor,
+    norm_weight_D: Tensor,
+    norm_bias_D: Tensor,
+    eps: float,
+) -> Tensor:
+    """LayerNorm(words[id] + type), (T, D), computed in float32, in the dtype of the words."""
+    words_TD = F.embedding(ids_T, words_VD)
+    return add_layer_norm(words_TD, type_D, norm_weight_D, norm_bias_D, eps).to(words_VD.dtype)
+
+
+def mean_pool(hidden_TD: Tensor, lengths: Sequence[int]) -> Tensor:
     """Mean over each text's tokens, (B, D) in float32.
 
     Each text is reduced on its own, so its mean does not depend on its batch.
     """
-    return torch.stack([part.float().mean(dim=0) for part in hidden_TD.split(lengths)])
+    return torch.stack([part.float().mean(dim=0) for part in hidden_TD.split(list(lengths))])
+
+
+def differentiable(x: Tensor, parameter: Tensor) -> Tensor:
+    """Return x, through which gradients flow to the parameters that made it."""
+    return x

@@ -1,0 +1,166 @@
+"""Triton kernels over packed texts: tokens of all texts end to end, no padding.
+
+Which tokens belong together comes as a short table made on the host, so that the grid is known
+without asking the device. Every program owns what it writes; row offsets are int64.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .routing import add_pieces, layer_norm, load_pieces, store_pieces
+
+
+@triton.jit
+def load_rotated(
+    ptr,
+    tokens_M,
+    is_token_M,
+    positions_ptr,
+    cos_ptr,
+    sin_ptr,
+    STRIDE: tl.constexpr,
+    HALF: tl.constexpr,
+    BLOCK_HALF: tl.constexpr,
+):
+    """Both halves of a head's rows, (M, H / 2) each, rotated in float32 and rounded once."""
+    half = tl.arange(0, BLOCK_HALF)
+    inside = is_token_M[:, None] & (half < HALF)[None, :]
+    offsets = tokens_M.to(tl.int64)[:, None] * STRIDE + half[None, :]
+    a = tl.load(ptr + offsets, mask=inside, other=0.0)
+    b = tl.load(ptr + offsets + HALF, mask=inside, other=0.0)
+    positions_M = tl.load(positions_ptr + tokens_M, mask=is_token_M, other=0)
+    angles = positions_M[:, None] * HALF + half[None, :]
+    cos = tl.load(cos_ptr + angles, mask=inside, other=0.0)
+    sin = tl.load(sin_ptr + angles, mask=inside, other=0.0)
+    first = a.to(tl.float32) * cos - b.to(tl.float32) * sin
+    second = b.to(tl.float32) * cos + a.to(tl.float32) * sin
+    return first.to(a.dtype), second.to(a.dtype)
+
+
+@triton.jit
+def attention_kernel(
+    qkv_ptr,  # (T, 3, N, H)
+    positions_ptr,  # (T,) int32: place of each token in its text
+    cos_ptr,  # (positions, H / 2) float32
+    sin_ptr,  # (positions, H / 2) float32
+    blocks_ptr,  # (blocks, 3) int32: first token of the text, its tokens, first query of the block
+    out_ptr,  # (T, N, H)
+    N: tl.constexpr,
+    H: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_HALF: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    """softmax(rotate(q) @ rotate(k).T / sqrt(H)) @ v within each text, every key for every query.
+
+    Grid (blocks, N): program (b, n) owns BLOCK_M queries of one text and head. Queries and keys are
+    rotated as they are loaded, in halves (a cos - b sin, b cos + a sin), and the products of the
+    halves are summed, so they never need be joined. One pass over the keys, with a running maximum.
+    """
+    HALF: tl.constexpr = H // 2
+    STRIDE: tl.constexpr = 3 * N * H
+    head = tl.program_id(1)
+    row = blocks_ptr + tl.program_id(0) * 3
+    start, length, first_query = tl.load(row), tl.load(row + 1), tl.load(row + 2)
+    if first_query >= length:
+        return
+    queries_M = first_query + tl.arange(0, BLOCK_M)
+    is_query_M = queries_M < length
+    q_ptr = qkv_ptr + head * H
+    qa_MH, qb_MH = load_rotated(
+        q_ptr, start + queries_M, is_query_M, positions_ptr, cos_ptr, sin_ptr,
+        STRIDE, HALF, BLOCK_HALF,
+    )  # fmt: skip
+    columns_H = tl.arange(0, BLOCK_H)
+    in_head_H = columns_H < H
+    # exponentials to base 2
+    scale = 1.4426950408889634 / tl.sqrt(H * 1.0)
+    maximum_M = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    sum_M = tl.zeros((BLOCK_M,), tl.float32)
+    acc_MH = tl.zeros((BLOCK_M, BLOCK_H), tl.float32)
+    for first_key in range(0, length, BLOCK_N):
+        keys_N = first_key + tl.arange(0, BLOCK_N)
+        is_key_N = keys_N < length
+        ka_NH, kb_NH = load_rotated(
+            q_ptr + N * H, start + keys_N, is_key_N, positions_ptr, cos_ptr, sin_ptr,
+            STRIDE, HALF, BLOCK_HALF,
+        )  # fmt: skip
+        scores_MN = tl.dot(qa_MH, tl.trans(ka_NH), input_precision=PRECISION)
+        scores_MN = tl.dot(qb_MH, tl.trans(kb_NH), scores_MN, input_precision=PRECISION)
+        scores_MN = tl.where(is_key_N[None, :], scores_MN * scale, float("-inf"))
+        new_maximum_M = tl.maximum(maximum_M, tl.max(scores_MN, axis=1))
+        shrink_M = tl.exp2(maximum_M - new_maximum_M)
+        weights_MN = tl.exp2(scores_MN - new_maximum_M[:, None])
+        sum_M = sum_M * shrink_M + tl.sum(weights_MN, axis=1)
+        v_offsets = (start + keys_N).to(tl.int64)[:, None] * STRIDE + columns_H[None, :]
+        v_NH = tl.load(
+            q_ptr + 2 * N * H + v_offsets,
+            mask=is_key_N[:, None] & in_head_H[None, :],
+            other=0.0,
+        )
+        acc_MH = tl.dot(
+            weights_MN.to(v_NH.dtype), v_NH, acc_MH * shrink_M[:, None], input_precision=PRECISION
+        )
+        maximum_M = new_maximum_M
+    out_offsets = (start + queries_M).to(tl.int64)[:, None] * (N * H) + columns_H[None, :]
+    tl.store(
+        out_ptr + head * H + out_offsets,
+        (acc_MH / sum_M[:, None]).to(out_ptr.dtype.element_ty),
+        mask=is_query_M[:, None] & in_head_H[None, :],
+    )
+
+
+@triton.jit(do_not_specialize=["T"])
+def embed_kernel(
+    ids_ptr,  # (T,) int64
+    words_ptr,  # (V, D)
+    type_ptr,  # (D,)
+    weight_ptr,  # (D,)
+    bias_ptr,  # (D,)
+    out_ptr,  # (T, D)
+    T,
+    eps,
+    D: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    PIECE: tl.constexpr,
+):
+    """LayerNorm(words[id] + type) in float32; program p owns BLOCK_T tokens."""
+    tokens_T = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    is_token_T = tokens_T < T
+    ids_T = tl.load(ids_ptr + tokens_T, mask=is_token_T, other=0).to(tl.int64)
+    x = load_pieces(words_ptr, ids_T * D, is_token_T, D, PIECE)
+    kind = load_pieces(type_ptr, tl.zeros_like(tokens_T), is_token_T, D, PIECE)
+    x = add_pieces(x, kind, (D + PIECE - 1) // PIECE)
+    x = layer_norm(x, weight_ptr, bias_ptr, eps, D, PIECE)
+    store_pieces(out_ptr, tokens_T.to(tl.int64) * D, is_token_T, x, D, PIECE)
+
+
+@triton.jit
+def mean_pool_kernel(
+    hidden_ptr,  # (T, D)
+    bounds_ptr,  # (B + 1,) int32: where each text starts, and the last one ends
+    out_ptr,  # (B, D) float32
+    D: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Mean over a text's tokens in float32; program (b, d) owns BLOCK_D features of text b."""
+    text = tl.program_id(0)
+    columns_D = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    in_row_D = columns_D < D
+    start, stop = tl.load(bounds_ptr + text), tl.load(bounds_ptr + text + 1)
+    sum_TD = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
+    for first in range(start, stop, BLOCK_T):
+        tokens_T = first + tl.arange(0, BLOCK_T)
+        hidden_TD = tl.load(
+            hidden_ptr + tokens_T.to(tl.int64)[:, None] * D + columns_D[None, :],
+            mask=(tokens_T < stop)[:, None] & in_row_D[None, :],
+            other=0.0,
+        )
+        sum_TD += hidden_TD.to(tl.float32)
+    mean_D = tl.sum(sum_TD, axis=0) / (stop - start)
+    tl.store(out_ptr + text.to(tl.int64) * D + columns_D, mean_D, mask=in_row_D)
