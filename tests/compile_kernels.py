@@ -98,6 +98,7 @@ def report(kernel: Any) -> dict[str, Any]:
     # each group of warps of a specialised kernel sets its own share of the registers
     found["specialized"] = ptx.count("setmaxnreg")
     found["split_copies"] = split_copies(assembly["ttgir"])
+    found["barriers"] = len(re.findall(r"\bbar\.sync", ptx))
     found["exponentials"] = ptx.count("ex2.approx")
     found["instructions"] = len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/", sass, re.MULTILINE))
     return found

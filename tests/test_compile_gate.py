@@ -29,6 +29,9 @@ COMPILED = [(name, "float16") for name in DEVICES] + [
     ("cuda:86", "float32"),
     ("hip:gfx942", "float32"),
 ]
+# what works on whole rows keeps each within a warp: their threads need not meet
+ROWS = ("route_kernel", "unpermute_kernel", "add_layer_norm_kernel", "embed_kernel")
+MOST_BARRIERS = 12
 INSTRUCTION = {
     "cuda:90": "wgmma",
     "cuda:100": "tcgen05",
@@ -60,6 +63,8 @@ def faults(report: dict[str, Any]) -> set[str]:
         found |= {"spills"} if report["spills"] or report.get("stack") else set()
     if report.get("split_copies"):
         found.add("split copies")
+    if report["kernel"] in ROWS and report.get("barriers", 0) > MOST_BARRIERS:
+        found.add("barriers")
     if report["kernel"] in PRODUCTS:
         # fewer than 64 rows fit the older instruction alone, unless the operands are swapped
         is_narrow = report["kernel"] != "small_kernel" and options["BLOCK_M"] < 64
@@ -118,6 +123,14 @@ def test_specialised_kernel() -> None:
         assert not faults(report)
         # one group of warps that loads beside two that multiply
         assert report["warps"] == 12
+
+
+def test_barriers_are_seen() -> None:
+    # with weights loaded as one row for all warps, each load passed through shared memory
+    report = {"target": "cuda:90", "kernel": "route_kernel", "options": {}, "shared": 64}
+    good = report | {"spills": 0, "stack": 0, "barriers": 4}
+    assert faults(good) == set()
+    assert faults(good | {"barriers": 52}) == {"barriers"}
 
 
 def test_split_copies_are_seen() -> None:

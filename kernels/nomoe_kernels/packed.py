@@ -135,7 +135,7 @@ def embed_kernel(
     x = load_pieces(words_ptr, ids_T * D, is_token_T, D, PIECE)
     kind = load_pieces(type_ptr, tl.zeros_like(tokens_T), is_token_T, D, PIECE)
     x = add_pieces(x, kind, (D + PIECE - 1) // PIECE)
-    x = layer_norm(x, weight_ptr, bias_ptr, eps, D, PIECE)
+    x = layer_norm(x, is_token_T, weight_ptr, bias_ptr, eps, D, PIECE)
     store_pieces(out_ptr, tokens_T.to(tl.int64) * D, is_token_T, x, D, PIECE)
 
 

@@ -42,7 +42,7 @@ def add_pieces(a, b, PIECES: tl.constexpr):
 
 
 @triton.jit
-def layer_norm(pieces, weight_ptr, bias_ptr, eps, D: tl.constexpr, PIECE: tl.constexpr):
+def layer_norm(pieces, is_row_T, weight_ptr, bias_ptr, eps, D: tl.constexpr, PIECE: tl.constexpr):
     """LayerNorm of the rows that a tuple of pieces makes up."""
     PIECES: tl.constexpr = (D + PIECE - 1) // PIECE
     total = pieces[0]
@@ -57,26 +57,34 @@ def layer_norm(pieces, weight_ptr, bias_ptr, eps, D: tl.constexpr, PIECE: tl.con
         squares += deviation * deviation
         centred = centred + (deviation,)
     scale_T = 1.0 / tl.sqrt(tl.sum(squares, axis=1) / D + eps)
+    # every row reads them for itself: the cache has them, and one row shared by all would have to
+    # pass through shared memory to reach the threads that need it
+    weight = load_pieces(weight_ptr, tl.zeros_like(is_row_T).to(tl.int32), is_row_T, D, PIECE)
+    bias = load_pieces(bias_ptr, tl.zeros_like(is_row_T).to(tl.int32), is_row_T, D, PIECE)
     normed = ()
     for piece in tl.static_range(PIECES):
-        columns = piece * PIECE + tl.arange(0, PIECE)
-        weight = tl.load(weight_ptr + columns, mask=columns < D, other=0.0).to(tl.float32)
-        bias = tl.load(bias_ptr + columns, mask=columns < D, other=0.0).to(tl.float32)
-        x = centred[piece] * scale_T[:, None] * weight[None, :] + bias[None, :]
+        x = centred[piece] * scale_T[:, None] * weight[piece] + bias[piece]
         normed = normed + (x,)
     return normed
 
 
 @triton.jit
 def add_to_logits(
-    logits_TE, pieces, router_ptr, expert, experts_E, D: tl.constexpr, PIECE: tl.constexpr
+    logits_TE,
+    pieces,
+    is_row_T,
+    router_ptr,
+    expert,
+    experts_E,
+    D: tl.constexpr,
+    PIECE: tl.constexpr,
 ):
     """Put one expert's logits into its column of (T, E)."""
-    products = tl.zeros_like(pieces[0])
-    for piece in tl.static_range((D + PIECE - 1) // PIECE):
-        columns = piece * PIECE + tl.arange(0, PIECE)
-        weight = tl.load(router_ptr + expert * D + columns, mask=columns < D, other=0.0)
-        products += pieces[piece] * weight.to(tl.float32)[None, :]
+    row_T = tl.zeros_like(is_row_T).to(tl.int32) + expert * D
+    weight = load_pieces(router_ptr, row_T, is_row_T, D, PIECE)
+    products = pieces[0] * weight[0]
+    for piece in tl.static_range(1, (D + PIECE - 1) // PIECE):
+        products += pieces[piece] * weight[piece]
     logit_T = tl.sum(products, axis=1)
     return tl.where(experts_E[None, :] == expert, logit_T[:, None], logits_TE)
 
@@ -112,7 +120,8 @@ def route_kernel(
     program = tl.program_id(0)
     experts_E = tl.arange(0, BLOCK_E)
     choices_K = tl.arange(0, BLOCK_K)
-    counts_E = tl.zeros((BLOCK_E,), tl.int32)
+    # summed over tokens at the end, where warps have to meet only once
+    counts_TE = tl.zeros((BLOCK_T, BLOCK_E), tl.int32)
     start = program * chunk
     stop = min(start + chunk, T)
     for first in range(start, stop, BLOCK_T):
@@ -123,7 +132,7 @@ def route_kernel(
         if y_ptr is not None:
             y = load_pieces(y_ptr, offsets_T, is_token_T, D, PIECE)
             x = add_pieces(x, y, (D + PIECE - 1) // PIECE)
-            x = layer_norm(x, norm_weight_ptr, norm_bias_ptr, eps, D, PIECE)
+            x = layer_norm(x, is_token_T, norm_weight_ptr, norm_bias_ptr, eps, D, PIECE)
         if rounded_ptr is not None:
             store_pieces(rounded_ptr, offsets_T, is_token_T, x, D, PIECE)
 
@@ -132,10 +141,14 @@ def route_kernel(
         # the program long
         if E <= 16:
             for expert in tl.static_range(E):
-                logits_TE = add_to_logits(logits_TE, x, router_ptr, expert, experts_E, D, PIECE)
+                logits_TE = add_to_logits(
+                    logits_TE, x, is_token_T, router_ptr, expert, experts_E, D, PIECE
+                )
         else:
             for expert in range(E):
-                logits_TE = add_to_logits(logits_TE, x, router_ptr, expert, experts_E, D, PIECE)
+                logits_TE = add_to_logits(
+                    logits_TE, x, is_token_T, router_ptr, expert, experts_E, D, PIECE
+                )
         exponentials_TE = tl.exp(logits_TE - tl.max(logits_TE, axis=1)[:, None])
         probabilities_TE = exponentials_TE / tl.sum(exponentials_TE, axis=1)[:, None]
 
@@ -153,7 +166,7 @@ def route_kernel(
             expert_T = tl.min(tl.where(is_best_TE, experts_E[None, :], BLOCK_E), axis=1)
             hits_TE = experts_E[None, :] == expert_T[:, None]
             ranks_TE = tl.where(hits_TE, -1.0, ranks_TE)
-            counts_E += tl.sum((hits_TE & is_token_T[:, None]).to(tl.int32), axis=0)
+            counts_TE += (hits_TE & is_token_T[:, None]).to(tl.int32)
             weight_T = tl.where(best_T == NAN_RANK, float("nan"), best_T)
             is_choice_K = (choices_K == choice)[None, :]
             weights_TK = tl.where(is_choice_K, weight_T[:, None], weights_TK)
@@ -166,6 +179,7 @@ def route_kernel(
         tl.store(experts_ptr + offsets_TK, experts_TK.to(tl.int64), mask=inside_TK)
 
     if counts_ptr is not None:
+        counts_E = tl.sum(counts_TE, axis=0)
         tl.store(counts_ptr + program * E + experts_E, counts_E, mask=experts_E < E)
 
 
@@ -291,7 +305,7 @@ def unpermute_kernel(
     if residual_ptr is not None:
         residual = load_pieces(residual_ptr, offsets_T, is_token_T, D, PIECE)
         total = add_pieces(total, residual, PIECES)
-        total = layer_norm(total, norm_weight_ptr, norm_bias_ptr, eps, D, PIECE)
+        total = layer_norm(total, is_token_T, norm_weight_ptr, norm_bias_ptr, eps, D, PIECE)
     store_pieces(out_ptr, offsets_T, is_token_T, total, D, PIECE)
 
 
@@ -316,5 +330,5 @@ def add_layer_norm_kernel(
     x = load_pieces(x_ptr, rows_T * D, is_token_T, D, PIECE)
     y = load_pieces(y_ptr, rows_T * Y_STRIDE, is_token_T, D, PIECE)
     x = add_pieces(x, y, (D + PIECE - 1) // PIECE)
-    x = layer_norm(x, weight_ptr, bias_ptr, eps, D, PIECE)
+    x = layer_norm(x, is_token_T, weight_ptr, bias_ptr, eps, D, PIECE)
     store_pieces(out_ptr, rows_T * D, is_token_T, x, D, PIECE)
