@@ -228,12 +228,9 @@ def kernel_works(tokens: int, layers: list[Layer], *, all_tiles: bool) -> list[W
     h_RF = torch.rand(len(rows_RD), F_, device=x_TD.device).to(x_TD.dtype)
     R, item, matrices = len(rows_RD), x_TD.itemsize, E * D * F_ * x_TD.itemsize
     device = x_TD.device
-    programs, chunk = fused._share(tokens, 4)
-    counts_PE = torch.empty(programs, E, dtype=torch.int32, device=device)
-    fused._route(
-        x_TD, layer.router_ED, *fused._empty_routing(x_TD, TOP_K), tokens, D, E,
-        normalize=False, counts_PE=counts_PE,
-    )  # fmt: skip
+    counts_PE, chunk = fused._route_and_count(
+        x_TD, layer.router_ED, *fused._empty_routing(x_TD, TOP_K), normalize=False
+    )
     plan = configs.plan(configs.device_of(device), configs.Shape(E, D, F_, item, R))
 
     def product(tile: configs.Tile, up: bool) -> Callable[[Layer], Tensor]:

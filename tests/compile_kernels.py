@@ -187,9 +187,7 @@ def launch_layers(device: Device, dtype: torch.dtype) -> None:
         fused.run_layer(x.float(), router, w1, w2, bias, K)
     x, vector = torch.empty(64, D, dtype=dtype), torch.empty(D, dtype=dtype)
     norm = (x, vector, vector, 1e-5)
-    fused._route(
-        x, router, *fused._empty_routing(x, K), 64, D, E, normalize=False, rounded_TD=x, norm=norm
-    )
+    fused.add_norm_route(x, x, vector, vector, 1e-5, router, K)
     for parts in (1, 4):
         rows = torch.empty(parts, 64 * K, D, dtype=torch.float32 if parts > 1 else dtype)
         fused._unpermute(rows, bias, x, K, norm=norm)

@@ -468,7 +468,7 @@ def no_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: Any, **options: Any) -> None:
         raise AssertionError("launched before the input was checked")
 
-    for name in ("_route", "_permute", "_grouped_gemm", "_small_gemm", "_unpermute"):
+    for name in ("_launch_route", "_permute", "_grouped_gemm", "_small_gemm", "_unpermute"):
         monkeypatch.setattr(fused, name, refuse)
 
 

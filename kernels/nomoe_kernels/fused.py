@@ -41,10 +41,9 @@ def route(
         ValueError: Shapes, dtypes, devices or strides that no kernel takes.
     """
     _check("x_TD", x_TD, (None, None))
-    T, D = x_TD.shape
-    E = _check_router(router_weight_ED, x_TD, top_k)
+    _check_router(router_weight_ED, x_TD, top_k)
     weights_TK, experts_TK = _empty_routing(x_TD, top_k)
-    _route(x_TD, router_weight_ED, weights_TK, experts_TK, T, D, E, normalize=normalize)
+    _route(x_TD, router_weight_ED, weights_TK, experts_TK, normalize=normalize)
     return weights_TK, experts_TK
 
 
@@ -69,12 +68,13 @@ def add_norm_route(
     _check("y_TD", y_TD, (T, D), like=x_TD)
     _check("norm_weight_D", norm_weight_D, (D,), like=x_TD)
     _check("norm_bias_D", norm_bias_D, (D,), like=x_TD)
-    E = _check_router(router_weight_ED, x_TD, top_k)
+    _check_router(router_weight_ED, x_TD, top_k)
     weights_TK, experts_TK = _empty_routing(x_TD, top_k)
     normed_TD = torch.empty_like(x_TD)
+    norm = (y_TD, norm_weight_D, norm_bias_D, eps)
     _route(
-        x_TD, router_weight_ED, weights_TK, experts_TK, T, D, E,
-        normalize=normalize, rounded_TD=normed_TD, norm=(y_TD, norm_weight_D, norm_bias_D, eps),
+        x_TD, router_weight_ED, weights_TK, experts_TK,
+        normalize=normalize, rounded_TD=normed_TD, norm=norm,
     )  # fmt: skip
     return normed_TD, weights_TK, experts_TK
 
@@ -466,7 +466,7 @@ def run_layer(
     if tiles.up.kernel == "small":
         # rows stay in token order throughout
         _route(
-            x_TD, router_weight_ED, weights_TK, experts_TK, T, D, E,
+            x_TD, router_weight_ED, weights_TK, experts_TK,
             normalize=normalize, rounded_TD=rounded_TD,
         )  # fmt: skip
         parts_SRD = torch.empty(tiles.down.splits, R, D, dtype=torch.float32, device=x_TD.device)
@@ -475,12 +475,9 @@ def run_layer(
         _unpermute(parts_SRD, bias_D, out_TD, K)
         return out_TD, weights_TK, experts_TK
 
-    programs, chunk = _share(T, 4)
-    counts_PE = experts_TK.new_empty(programs, E, dtype=torch.int32)
-    _route(
-        x_TD, router_weight_ED, weights_TK, experts_TK, T, D, E,
-        normalize=normalize, rounded_TD=rounded_TD, counts_PE=counts_PE,
-    )  # fmt: skip
+    counts_PE, chunk = _route_and_count(
+        x_TD, router_weight_ED, weights_TK, experts_TK, normalize=normalize, rounded_TD=rounded_TD
+    )
     # the tensor memory accelerator of Hopper cannot gather rows
     is_sorted = tiles.up.kernel != "pointer"
     order_R, ends_E, sorted_RD = _permute(
@@ -504,26 +501,63 @@ def _route(
     router_weight_ED: Tensor,
     weights_TK: Tensor,
     experts_TK: Tensor,
-    T: int,
-    D: int,
-    E: int,
     *,
     normalize: bool,
     rounded_TD: Tensor | None = None,
-    counts_PE: Tensor | None = None,
     norm: tuple[Tensor, Tensor, Tensor, float] | None = None,
 ) -> None:
-    if T == 0:
-        return
+    """Route on as many programs as there are blocks of four tokens."""
+    T = len(x_TD)
+    if T:
+        _launch_route(
+            x_TD, router_weight_ED, weights_TK, experts_TK, None, triton.cdiv(T, 4), 4,
+            normalize=normalize, rounded_TD=rounded_TD, norm=norm, block_t=4, warps=4,
+        )  # fmt: skip
+
+
+def _route_and_count(
+    x_TD: Tensor,
+    router_weight_ED: Tensor,
+    weights_TK: Tensor,
+    experts_TK: Tensor,
+    *,
+    normalize: bool,
+    rounded_TD: Tensor | None = None,
+) -> tuple[Tensor, int]:
+    """Route on a bounded number of programs, each with a row of counts; also tokens of each."""
+    programs, chunk = _share(len(x_TD), 16)
+    counts_PE = experts_TK.new_empty(programs, len(router_weight_ED), dtype=torch.int32)
+    # two rows to a warp: with one, and the counts, the compiler runs out of registers
+    _launch_route(
+        x_TD, router_weight_ED, weights_TK, experts_TK, counts_PE, programs, chunk,
+        normalize=normalize, rounded_TD=rounded_TD, norm=None, block_t=16, warps=8,
+    )  # fmt: skip
+    return counts_PE, chunk
+
+
+def _launch_route(
+    x_TD: Tensor,
+    router_weight_ED: Tensor,
+    weights_TK: Tensor,
+    experts_TK: Tensor,
+    counts_PE: Tensor | None,
+    programs: int,
+    chunk: int,
+    *,
+    normalize: bool,
+    rounded_TD: Tensor | None,
+    norm: tuple[Tensor, Tensor, Tensor, float] | None,
+    block_t: int,
+    warps: int,
+) -> None:
+    (T, D), E, K = x_TD.shape, len(router_weight_ED), weights_TK.shape[1]
     y_TD, norm_weight_D, norm_bias_D, eps = norm or (None, None, None, 0.0)
-    programs, chunk = _share(T, 4)
     with _on(x_TD):
         routing.route_kernel[(programs,)](
             x_TD, y_TD, norm_weight_D, norm_bias_D, router_weight_ED, rounded_TD,
             weights_TK, experts_TK, counts_PE, T, chunk, eps,
-            D=D, E=E, K=weights_TK.shape[1], NORMALIZE=normalize, BLOCK_T=4,
-            PIECE=_piece(x_TD), BLOCK_E=_power_of_two(E),
-            BLOCK_K=_power_of_two(weights_TK.shape[1]),
+            D=D, E=E, K=K, NORMALIZE=normalize, BLOCK_T=block_t, PIECE=_piece(x_TD),
+            BLOCK_E=_power_of_two(E), BLOCK_K=_power_of_two(K), num_warps=warps,
         )  # fmt: skip
 
 

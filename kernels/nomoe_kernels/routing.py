@@ -11,12 +11,21 @@ import triton.language as tl
 
 
 @triton.jit
+def mask_piece(is_row_T, piece: tl.constexpr, D: tl.constexpr, PIECE: tl.constexpr):
+    """Where a piece lies in a row; a piece that cannot reach beyond D needs no look at columns."""
+    columns = piece * PIECE + tl.arange(0, PIECE)
+    inside = is_row_T[:, None]
+    if (piece + 1) * PIECE > D:
+        inside = inside & (columns < D)[None, :]
+    return columns, inside
+
+
+@triton.jit
 def load_pieces(ptr, offsets_T, is_row_T, D: tl.constexpr, PIECE: tl.constexpr):
     """Rows of D as a tuple of float32 (T, PIECE); zero beyond D and where is_row_T is false."""
     pieces = ()
     for piece in tl.static_range((D + PIECE - 1) // PIECE):
-        columns = piece * PIECE + tl.arange(0, PIECE)
-        inside = is_row_T[:, None] & (columns < D)[None, :]
+        columns, inside = mask_piece(is_row_T, piece, D, PIECE)
         x = tl.load(ptr + offsets_T[:, None] + columns[None, :], mask=inside, other=0.0)
         pieces = pieces + (x.to(tl.float32),)
     return pieces
@@ -26,8 +35,7 @@ def load_pieces(ptr, offsets_T, is_row_T, D: tl.constexpr, PIECE: tl.constexpr):
 def store_pieces(ptr, offsets_T, is_row_T, pieces, D: tl.constexpr, PIECE: tl.constexpr):
     """Write what `load_pieces` reads, rounded to the pointer's dtype."""
     for piece in tl.static_range((D + PIECE - 1) // PIECE):
-        columns = piece * PIECE + tl.arange(0, PIECE)
-        inside = is_row_T[:, None] & (columns < D)[None, :]
+        columns, inside = mask_piece(is_row_T, piece, D, PIECE)
         x = pieces[piece].to(ptr.dtype.element_ty)
         tl.store(ptr + offsets_T[:, None] + columns[None, :], x, mask=inside)
 
