@@ -6,9 +6,9 @@
     python benchmarks/bench_moe.py --smoke                   toy sizes, on a CPU too
 
 A run is six layers with weights of their own, one after the other, so that no cache flatters; on a
-GPU it is replayed as a CUDA graph where it can be captured. Outputs have to agree with the layer in
-float32, of all six layers before any time is taken, and of the last at every call. Ceilings, in the
-same run: torch's matrix product over as many rows, and a copy of as many bytes.
+GPU it is replayed as a CUDA graph, but for what synchronises. Outputs have to agree with the layer
+in float32, of all six layers before any time is taken, and of the last at every call. Ceilings, in
+the same run: torch's matrix product over as many rows, and a copy of as many bytes.
 
 Routings: `balanced`, every expert the same; `skewed`, one expert has half of all rows; `uneven`, an
 expert gets 0.78 of what the one before it gets. F.grouped_mm runs without a synchronisation in
@@ -166,6 +166,15 @@ def sort_by_expert(experts_TK: Tensor, experts: int) -> tuple[Tensor, Tensor]:
     return order_R, torch.searchsorted(sorted_R, every_E, right=True, out_int32=True)
 
 
+class Ceiling(NamedTuple):
+    """Something that the work cannot be faster than, and what it costs itself."""
+
+    name: str
+    run: Callable[[Layer], Tensor]
+    flop: int
+    bytes: int
+
+
 class Work(NamedTuple):
     """What a case measures: runs by name, all six layers each, and what they cost."""
 
@@ -176,7 +185,7 @@ class Work(NamedTuple):
     baseline: str
     flop: int
     bytes: int
-    ceilings: dict[str, Callable[[Layer], Tensor]]
+    ceilings: list[Ceiling]
 
 
 def layer_work(tokens: int, routing: str, layers: list[Layer], contenders: list[str]) -> Work:
@@ -196,24 +205,30 @@ def layer_work(tokens: int, routing: str, layers: list[Layer], contenders: list[
     }
     used = len(choices_TK.unique())
     item = x_TD.itemsize
+    flop = 4 * tokens * TOP_K * D * F_
+    # weights of the experts in use and tokens once, the result in float32
+    moved = 2 * used * D * F_ * item + tokens * D * (item + 4)
     return Work(
         f"layer, {tokens:,} tokens, {routing}",
         tokens,
         {name: runs[name] for name in contenders},
         lambda one: exact_layer(x_TD, one),
         "nomoe (torch)",
-        flop=4 * tokens * TOP_K * D * F_,
-        # weights of the experts in use and tokens once, the result in float32
-        bytes=2 * used * D * F_ * item + tokens * D * (item + 4),
-        ceilings={
-            "ceiling: both products": products_ceiling(layer, tokens * TOP_K, both=True),
-            "ceiling: moving the bytes": copy_ceiling(2 * used * D * F_ * item, x_TD.device),
-        },
+        flop=flop,
+        bytes=moved,
+        ceilings=[
+            products_ceiling(layer, tokens * TOP_K, up=True, down=True),
+            copy_ceiling(moved, x_TD.device),
+        ],
     )
 
 
 def kernel_works(tokens: int, layers: list[Layer], *, all_tiles: bool) -> list[Work]:
-    """Each kernel of the layer by itself, balanced routing."""
+    """Each kernel of the layer by itself, balanced routing.
+
+    The layer's own calls differ in two things: there the first product divides the order of the
+    rows itself, and the second writes its rows back in token order.
+    """
     from nomoe_kernels import fused
 
     layer = layers[0]
@@ -284,12 +299,10 @@ def kernel_works(tokens: int, layers: list[Layer], *, all_tiles: bool) -> list[W
                 "F.grouped_mm and stock operations",
                 flop=2 * R * D * F_,
                 bytes=matrices + R * (D + F_) * item,
-                ceilings={
-                    "ceiling: product": products_ceiling(layer, R, both=False, up=up),
-                    "ceiling: moving the bytes": copy_ceiling(
-                        matrices + R * (D + F_) * item, device
-                    ),
-                },
+                ceilings=[
+                    products_ceiling(layer, R, up=up, down=not up),
+                    copy_ceiling(matrices + R * (D + F_) * item, device),
+                ],
             )
         )
 
@@ -304,7 +317,7 @@ def kernel_works(tokens: int, layers: list[Layer], *, all_tiles: bool) -> list[W
             "torch",
             flop=0,
             bytes=moved,
-            ceilings={"ceiling: moving the bytes": copy_ceiling(moved, device)},
+            ceilings=[copy_ceiling(moved, device)],
         )
 
     norm = (torch.ones_like(layer.bias_D), layer.bias_D)
@@ -358,25 +371,27 @@ def exact_rows(
     )
 
 
-def products_ceiling(
-    layer: Layer, rows: int, *, both: bool, up: bool = True
-) -> Callable[[Layer], Tensor]:
+def products_ceiling(layer: Layer, rows: int, *, up: bool, down: bool) -> Ceiling:
     """Torch's product of as many rows with one matrix: no experts, nothing but arithmetic."""
     _, D, F_ = layer.w1_EDF.shape
     x_RD = torch.randn(rows, D, device=layer.bias_D.device).to(layer.bias_D.dtype)
     h_RF = torch.randn(rows, F_, device=layer.bias_D.device).to(layer.bias_D.dtype)
 
     def run(one: Layer) -> Tensor:
-        if both or up:
+        if up:
             out = x_RD @ one.w1_EDF[0]
-        if both or not up:
+        if down:
             out = h_RF @ one.w2_EFD[0]
         return out
 
-    return run
+    matrices = up + down
+    item = layer.bias_D.itemsize
+    moved = matrices * (D * F_ + rows * (D + F_)) * item
+    name = "ceiling: both products" if up and down else "ceiling: product"
+    return Ceiling(name, run, flop=matrices * 2 * rows * D * F_, bytes=moved)
 
 
-def copy_ceiling(moved: int, device: torch.device) -> Callable[[Layer], Tensor]:
+def copy_ceiling(moved: int, device: torch.device) -> Ceiling:
     """A copy that reads and writes as many bytes together, other memory for every layer."""
     memory = torch.zeros(2, LAYERS, max(moved // 2, 1), dtype=torch.uint8, device=device)
     turn = itertools.cycle(range(LAYERS))
@@ -385,7 +400,7 @@ def copy_ceiling(moved: int, device: torch.device) -> Callable[[Layer], Tensor]:
         index = next(turn)
         return memory[0, index].copy_(memory[1, index])
 
-    return run
+    return Ceiling("ceiling: moving the bytes", run, flop=0, bytes=moved)
 
 
 def build_case(work: Work, layers: list[Layer], dtype: str, device: torch.device) -> Case:
@@ -409,23 +424,14 @@ def build_case(work: Work, layers: list[Layer], dtype: str, device: torch.device
         waits = name in SYNCHRONISE or ("F.grouped_mm" in name and dtype != "bfloat16")
         return run_all if waits or device.type != "cuda" else harness.captured(run_all)
 
-    def contender(name: str, run: Callable[[Layer], Tensor], bound: Deviation | None) -> Contender:
-        return Contender(
-            name,
-            all_layers(name, run),
-            flop=len(layers) * work.flop,
-            bound=bound,
-            bytes=len(layers) * work.bytes,
-        )
-
-    return Case(
-        work.title,
-        work.tokens,
-        [contender(name, run, bound) for name, run in work.runs.items()]
-        + [contender(name, run, None) for name, run in work.ceilings.items()],
-        expected,
-        baseline=work.baseline,
-    )
+    contenders = [
+        Contender(name, all_layers(name, run), LAYERS * work.flop, bound, LAYERS * work.bytes)
+        for name, run in work.runs.items()
+    ] + [
+        Contender(name, all_layers(name, run), LAYERS * flop, None, LAYERS * moved)
+        for name, run, flop, moved in work.ceilings
+    ]
+    return Case(work.title, work.tokens, contenders, expected, baseline=work.baseline)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -450,6 +456,9 @@ def main(arguments: list[str] | None = None) -> int:
     if args.tiles and not args.kernels:
         parser.error("--tiles goes with --kernels")
     device = resolve_device(args.device)
+    if device.type == "cuda":
+        # graphs are captured on the current device
+        torch.cuda.set_device(device)
     machine = harness.machine_line(device)
     dtype = DTYPES[args.dtype]
     obstacle = triton_obstacle(device, dtype)

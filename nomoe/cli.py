@@ -214,7 +214,7 @@ def _verify(options: argparse.Namespace) -> int:
         raise ImportError("the reference code needs transformers: pip install 'nomoe[reference]'")
     device = resolve_device(options.device)
     dtype = resolve_dtype(options.dtype, device)
-    backend = select_backend(options.backend, device)
+    backend = select_backend(options.backend, device, dtype=dtype)
     named = str(dtype).removeprefix("torch.")
     print(f"backend {backend.name} on {device} in {named}; torch {torch.__version__}\n", flush=True)
 

@@ -165,7 +165,10 @@ class NomicMoEModel(nn.Module):
         self.config = config
         self._backend_asked = backend
         self.backend = select_backend(
-            backend, torch.device(device or "cpu"), batch_invariant=batch_invariant
+            backend,
+            torch.device(device or "cpu"),
+            config=config,
+            batch_invariant=batch_invariant,
         )
         self.embeddings = Embeddings(config)
         self.emb_ln = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
@@ -246,9 +249,15 @@ class NomicMoEModel(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NomicMoEModel:
         """Every move and cast of a module comes through here: the kernels follow the device."""
+        # what becomes of an empty tensor tells where the weights will be, before they move
+        probe = fn(self.emb_ln.weight.new_empty(0))
+        backend = self.backend
+        if probe.device.type != "meta":
+            backend = select_backend(
+                self._backend_asked, probe.device, dtype=probe.dtype, config=self.config
+            )
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self.device.type != "meta":
-            self.backend = select_backend(self._backend_asked, self.device, dtype=self.dtype)
+        self.backend = backend
         return self
 
     @property
@@ -427,10 +436,6 @@ class NomicMoEModel(nn.Module):
                 hidden.append(x_TD)
             if routing is not None and output_routing:
                 routings.append(routing)
-        if torch.is_grad_enabled():
-            # autograd knows nothing of Triton kernels, and would take their results for constants
-            hidden = [ops.differentiable(one, self.emb_ln.weight) for one in hidden]
-            x_TD = ops.differentiable(x_TD, self.emb_ln.weight)
         return NomicMoEOutput(
             last_hidden_state=x_TD,
             hidden_states=tuple(hidden) if output_hidden_states else None,

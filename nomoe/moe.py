@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Any, Literal, NamedTuple, Protocol
@@ -61,8 +60,6 @@ class Ops(Protocol):
 
     def mean_pool(self, hidden_TD: Tensor, lengths: Sequence[int]) -> Tensor: ...
 
-    def differentiable(self, x: Tensor, parameter: Tensor) -> Tensor: ...
-
 
 class Backend(NamedTuple):
     """The kernels a model runs on and why they were chosen."""
@@ -85,6 +82,7 @@ def select_backend(
     device: torch.device,
     *,
     dtype: torch.dtype | None = None,
+    config: NomicMoEConfig | None = None,
     batch_invariant: bool = False,
 ) -> Backend:
     """Choose the kernels for a device.
@@ -93,6 +91,7 @@ def select_backend(
         name: "torch" runs anywhere, "triton" needs its kernels, "auto" takes the fastest that runs.
         device: Where the model will be.
         dtype: What the model will be in, where that is known.
+        config: The model's sizes, where they are known.
         batch_invariant: Ask for results whose bits do not depend on the batch.
 
     Raises:
@@ -109,29 +108,46 @@ def select_backend(
         )
     if name == "torch":
         return Backend("torch", "asked for")
-    obstacle = _triton_obstacle(device, dtype)
+    if name == "auto" and device.type != "cuda":
+        return Backend("torch", f"Triton's kernels need CUDA, and this is {device.type}")
+    obstacle = _triton_obstacle(device, dtype, config)
     if name == "triton" and obstacle:
         raise RuntimeError(f"backend='triton' cannot run: {obstacle}; use 'auto' or 'torch'")
-    if obstacle or (name == "auto" and device.type != "cuda"):
-        return Backend("torch", obstacle or "Triton's interpreter is for tests")
+    if obstacle:
+        return Backend("torch", obstacle)
     return Backend("triton", "asked for" if name == "triton" else f"{device} runs Triton kernels")
 
 
-def _triton_obstacle(device: torch.device, dtype: torch.dtype | None) -> str | None:
-    """Why the Triton kernels cannot run on a device, or None."""
+def _triton_obstacle(
+    device: torch.device, dtype: torch.dtype | None, config: NomicMoEConfig | None
+) -> str | None:
+    """Why the Triton kernels cannot run this model on a device, or None."""
     if find_spec("triton") is None:
         return "triton is not installed"
-    if device.type == "cuda":
+    if device.type == "cuda" and torch.version.hip is None:
         major, minor = torch.cuda.get_device_capability(device)
-        if torch.version.hip is None and major < 8:
+        if major < 8:
             return f"{device} has compute capability {major}.{minor}, below 8.0"
-        return None
-    if device.type != "cpu":
-        return f"Triton's kernels need CUDA, not {device.type}"
-    if os.environ.get("TRITON_INTERPRET") != "1":
-        return "Triton's kernels need CUDA"
-    if dtype == torch.bfloat16:
+    from nomoe_kernels import fused
+
+    if device.type != "cuda" and not (device.type == "cpu" and fused.INTERPRETED):
+        return f"Triton's kernels need CUDA, and this is {device.type}"
+    if dtype is not None and dtype not in fused.DTYPES:
+        return f"its kernels do not take {dtype}"
+    if fused.INTERPRETED and dtype == torch.bfloat16:
         return "Triton's interpreter multiplies bfloat16 wrongly"
+    if config is None:
+        return None
+    if config.num_experts > fused.MAX_EXPERTS or config.moe_top_k > fused.MAX_TOP_K:
+        return (
+            f"its kernels take {fused.MAX_EXPERTS} experts and {fused.MAX_TOP_K} of them per token"
+            f" at most, the model has {config.num_experts} and {config.moe_top_k}"
+        )
+    if config.n_embd % 16 or config.ffn_width % 16:
+        return (
+            "its kernels take widths that are multiples of 16, the model's are "
+            f"{config.n_embd} and {config.ffn_width}"
+        )
     return None
 
 

@@ -30,15 +30,14 @@ from triton.runtime.jit import JITFunction
 from nomoe_kernels import configs, fused
 from nomoe_kernels.configs import Device, Plan, Shape, Tile
 
-# of the A100, A10, L4, H200, B200, RTX 5090 and MI300X
 DEVICES = {
-    "cuda:80": Device((8, 0), 108, 166_912),
-    "cuda:86": Device((8, 6), 72, 101_376),
-    "cuda:89": Device((8, 9), 58, 101_376),
-    "cuda:90": Device((9, 0), 132, 232_448),
-    "cuda:100": Device((10, 0), 148, 232_448),
-    "cuda:120": Device((12, 0), 170, 101_376),
-    "hip:gfx942": Device((0, 0), 304, 65_536),
+    "cuda:80": Device("A100", (8, 0), 108, 166_912),
+    "cuda:86": Device("A10", (8, 6), 72, 101_376),
+    "cuda:89": Device("L4", (8, 9), 58, 101_376),
+    "cuda:90": Device("H200", (9, 0), 132, 232_448),
+    "cuda:100": Device("B200", (10, 0), 148, 232_448),
+    "cuda:120": Device("RTX 5090", (12, 0), 170, 101_376),
+    "hip:gfx942": Device("MI300X", (0, 0), 304, 65_536),
 }
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
@@ -158,10 +157,7 @@ def prepare(name: str) -> None:
     fused._device = lambda _: DEVICES[name]
     fused._check_device = lambda name, tensor: None
     fused._allocate = lambda size, alignment, stream: torch.empty(size, dtype=torch.int8)
-    is_nvidia = name.startswith("cuda")
-    fused._precision = lambda rows: (
-        "tf32x3" if is_nvidia and rows.dtype == torch.float32 else "ieee"
-    )
+    fused._is_nvidia = lambda tensor: name.startswith("cuda")
 
 
 def weights(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:

@@ -72,6 +72,9 @@ def faults(report: dict[str, Any]) -> set[str]:
         instruction = INSTRUCTION.get(target, "mma")
         if not report[narrow.get(instruction, instruction) if is_narrow else instruction]:
             found.add("instruction")
+        if target.startswith("cuda") and report["dtypes"][0] == "float32":
+            # one pass of tf32 is not float32
+            found |= {"precision"} if options["PRECISION"] != "tf32x3" else set()
         if target.startswith("cuda") and not report["copies"]:
             found.add("asynchronous copies")
         if options.get("SPECIALIZE") and not report["specialized"]:

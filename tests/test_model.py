@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import pickle
 from typing import Any
 
@@ -12,10 +13,10 @@ from torch import Tensor
 
 from nomoe import NomicMoEConfig, NomicMoEModel, data
 from nomoe.model import resolve_device, resolve_dtype
-from nomoe.moe import BackendName, select_backend
+from nomoe.moe import Backend, BackendName, select_backend
 from nomoe.synthetic import random_model
 from nomoe.verify import compare_float32, golden_cases
-from nomoe_kernels import reference
+from nomoe_kernels import fused, reference
 from tests import oracle
 
 BASE: dict[str, Any] = {
@@ -304,8 +305,8 @@ def test_autocast_leaves_the_router_in_float32() -> None:
 
 def test_backends(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    assert select_backend("auto", cpu) == ("torch", "Triton's kernels need CUDA")
+    monkeypatch.setattr(fused, "INTERPRETED", False)
+    assert select_backend("auto", cpu) == ("torch", "Triton's kernels need CUDA, and this is cpu")
     assert select_backend("torch", cpu).reason == "asked for"
     with pytest.raises(RuntimeError, match=r"backend='triton' cannot run: Triton's kernels need"):
         select_backend("triton", cpu)
@@ -314,18 +315,45 @@ def test_backends(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="expected 'auto', 'torch' or 'triton'"):
         select_backend("cuda", cpu)  # type: ignore[arg-type]
 
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(fused, "INTERPRETED", True)
     assert select_backend("triton", cpu).name == "triton"
     assert select_backend("auto", cpu).name == "torch", "the interpreter is for tests"
     with pytest.raises(RuntimeError, match="bfloat16 wrongly"):
         select_backend("triton", cpu, dtype=torch.bfloat16)
 
+    monkeypatch.setattr(fused, "INTERPRETED", False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     assert select_backend("auto", cuda).name == "triton"
     monkeypatch.setattr("nomoe.moe.find_spec", lambda name: None)
     assert select_backend("auto", cuda) == ("torch", "triton is not installed")
     with pytest.raises(RuntimeError, match="triton is not installed; use 'auto' or 'torch'"):
         select_backend("triton", cuda)
+
+
+@pytest.mark.parametrize(
+    ("changes", "dtype", "reason"),
+    [
+        ({"num_experts": 65}, torch.float16, "has 65 and 2"),
+        ({"num_experts": 16, "moe_top_k": 9}, torch.float16, "has 16 and 9"),
+        ({"n_inner": 200}, torch.float16, "are 96 and 200"),
+        ({}, torch.float64, "do not take torch.float64"),
+    ],
+)
+def test_models_the_kernels_cannot_run(
+    changes: dict[str, int],
+    dtype: torch.dtype,
+    reason: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    config = NomicMoEConfig.from_json(data.TINY / "config.json")
+    config = dataclasses.replace(config, **changes)
+    cuda = torch.device("cuda")
+    backend = select_backend("auto", cuda, dtype=dtype, config=config)
+    assert backend.name == "torch"
+    assert reason in backend.reason
+    with pytest.raises(RuntimeError, match=reason):
+        select_backend("triton", cuda, dtype=dtype, config=config)
 
 
 def test_old_devices_take_the_torch_backend(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -339,9 +367,11 @@ def test_old_devices_take_the_torch_backend(monkeypatch: pytest.MonkeyPatch) -> 
 def test_kernels_follow_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("auto")
     assert model.backend.name == "torch"
-    # as if it were moved to CUDA: what `auto` picks depends on the device the weights are on
-    monkeypatch.setattr("nomoe.moe._triton_obstacle", lambda device, dtype: None)
-    monkeypatch.setattr("nomoe.model.NomicMoEModel.device", torch.device("cuda"))
+    # as if it were moved to CUDA: what `auto` picks depends on where the weights are going
+    monkeypatch.setattr(
+        "nomoe.model.select_backend",
+        lambda name, device, **given: Backend("triton" if name == "auto" else "torch", ""),
+    )
     assert model.float().backend.name == "triton"
     assert tiny_model("torch").float().backend.name == "torch"
 
@@ -355,6 +385,7 @@ def test_triton_backend_under_the_interpreter() -> None:
         assert not missed
     with pytest.raises(RuntimeError, match="bfloat16 wrongly"):
         model.bfloat16()
+    assert (model.dtype, model.backend.name) == (torch.float32, "triton"), "refused, not half done"
 
 
 def test_triton_backend_refuses_to_train() -> None:
@@ -364,6 +395,11 @@ def test_triton_backend_refuses_to_train() -> None:
     for hidden_TD in (output[0], output.hidden_states[0], output.hidden_states[3]):
         with pytest.raises(RuntimeError, match="no backward pass: train with backend='torch'"):
             hidden_TD.sum().backward()
+    # a head of one's own trains on vectors, and must not hide that the encoder does not
+    head = torch.nn.Linear(96, 2)
+    pooled_BD = model.backend.ops.mean_pool(model.forward_packed(ids_T, [3])[0], [3])
+    with pytest.raises(RuntimeError, match="no backward pass"):
+        head(pooled_BD).sum().backward()
     with torch.no_grad():
         assert not model.forward_packed(ids_T, [3])[0].requires_grad
 

@@ -52,6 +52,8 @@ class Plan(NamedTuple):
 class Device(NamedTuple):
     """What a choice depends on."""
 
+    # as its driver gives it, for the table; "interpreter" where there is none
+    name: str
     # (major, minor) of CUDA; (0, 0) elsewhere
     capability: tuple[int, int]
     multiprocessors: int
@@ -102,13 +104,14 @@ MINIMAL = Tile("pointer", 32, 32, 32, 4, 2)
 def device_of(device: torch.device) -> Device:
     """Read a device's properties; the interpreter's is one that no kernel was tuned for."""
     if device.type != "cuda":
-        return Device((0, 0), 1, 64 * 1024)
+        return Device("interpreter", (0, 0), 1, 64 * 1024)
     from triton.runtime import driver
 
     index = torch.cuda.current_device() if device.index is None else device.index
     limits = driver.active.utils.get_device_properties(index)
     is_nvidia = torch.version.hip is None
     return Device(
+        torch.cuda.get_device_name(device),
         torch.cuda.get_device_capability(device) if is_nvidia else (0, 0),
         limits["multiprocessor_count"],
         limits["max_shared_mem"],
@@ -131,21 +134,20 @@ def _plan(device: Device, shape: Shape) -> Plan:
 
 
 @lru_cache(maxsize=1)
-def tuned_entries() -> dict[tuple[tuple[int, int], Shape], Plan]:
-    """What tuned.json holds, by capability and shape."""
+def tuned_entries() -> dict[tuple[str, Shape], Plan]:
+    """What tuned.json holds, by device and shape."""
     if not TUNED.exists():
         return {}
     entries = {}
-    for entry in json.loads(TUNED.read_text()):
-        major, minor = entry["capability"]
+    for entry in json.loads(TUNED.read_text(encoding="utf-8")):
         tiles = Plan(Tile(**entry["up"]), Tile(**entry["down"]))
-        entries[(major, minor), Shape(**entry["shape"])] = tiles
+        entries[entry["device"], Shape(**entry["shape"])] = tiles
     return entries
 
 
 def tuned_plan(device: Device, shape: Shape) -> Plan | None:
-    """The measured plan for this capability and exactly these sizes."""
-    return tuned_entries().get((device.capability, shape))
+    """The plan measured on such a device for exactly these sizes."""
+    return tuned_entries().get((device.name, shape))
 
 
 def formula(device: Device, shape: Shape) -> Plan:
@@ -153,8 +155,8 @@ def formula(device: Device, shape: Shape) -> Plan:
     if shape.rows <= SMALL_ROWS:
         return Plan(_small(device, shape, splits=1), _small(device, shape, splits=4))
     return Plan(
-        _largest(device, shape, shape.width, shape.ffn_width),
-        _largest(device, shape, shape.ffn_width, shape.width),
+        largest(device, shape, shape.width, shape.ffn_width),
+        largest(device, shape, shape.ffn_width, shape.width),
     )
 
 
@@ -195,7 +197,9 @@ def small_candidates(device: Device, itemsize: int, *, splits: tuple[int, ...]) 
             yield tile
 
 
-def _largest(device: Device, shape: Shape, inner: int, outer: int) -> Tile:
+def largest(device: Device, shape: Shape, inner: int, outer: int) -> Tile:
+    """The tile for one product of many rows, by formula."""
+
     def seconds(tile: Tile, efficiency: float) -> float:
         per_expert = -(-shape.rows // (shape.experts * tile.block_m))
         tiles = shape.experts * per_expert * -(-outer // tile.block_n)

@@ -1,11 +1,15 @@
 """The operations of `nomoe_kernels.reference` as Triton kernels: same names, same results.
 
+(All but `expert_mlp`, the reference's own way through a layer.)
+
 They run on CUDA devices of compute capability 8.0 and up, and on a CPU under Triton's interpreter
 (TRITON_INTERPRET=1 in the environment before the first import), which is for tests. float32 sums
 use three tensor-core passes (tf32x3), so that float32 stays float32.
 
 There is no host synchronisation and no autotuning at run time, except that `permute` reads back
-the range of a routing it is handed, and there is no backward pass.
+the range of a routing it is handed. There is no backward pass: a gradient raises RuntimeError.
+Kernels that make descriptors for the tensor memory accelerator need device memory, for which
+`triton.set_allocator` is given torch's allocator.
 """
 
 from __future__ import annotations
@@ -20,7 +24,7 @@ import triton
 from torch import Tensor
 
 from . import packed, products, routing
-from .configs import Device, Plan, Shape, Tile, device_of, plan, supports
+from .configs import Device, Plan, Shape, Tile, device_of, largest, plan, supports
 from .reference import rotary_angles
 
 MAX_EXPERTS = 64
@@ -44,7 +48,7 @@ def route(
     _check_router(router_weight_ED, x_TD, top_k)
     weights_TK, experts_TK = _empty_routing(x_TD, top_k)
     _route(x_TD, router_weight_ED, weights_TK, experts_TK, normalize=normalize)
-    return weights_TK, experts_TK
+    return _from(weights_TK, x_TD, router_weight_ED), experts_TK
 
 
 def add_norm_route(
@@ -76,14 +80,17 @@ def add_norm_route(
         x_TD, router_weight_ED, weights_TK, experts_TK,
         normalize=normalize, rounded_TD=normed_TD, norm=norm,
     )  # fmt: skip
-    return normed_TD, weights_TK, experts_TK
+    inputs = (x_TD, y_TD, norm_weight_D, norm_bias_D)
+    weights_TK = _from(weights_TK, *inputs, router_weight_ED)
+    return _from(normed_TD, *inputs), weights_TK, experts_TK
 
 
 def permute(experts_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     """As `reference.permute`. Reads the range of the indices back: on CUDA this synchronises.
 
     Raises:
-        ValueError: Not an int64 (T, K), or an expert index outside 0 to E - 1.
+        ValueError: Not an int64 (T, K), more experts or choices than the kernels take, or an
+            expert index outside 0 to E - 1.
     """
     if experts_TK.dim() != 2 or experts_TK.dtype != torch.int64:
         raise ValueError(
@@ -127,12 +134,12 @@ def grouped_gemm(
     Args:
         rows_RI: As the reference.
         weight_EIO: As the reference, with I or O contiguous and the experts packed.
-        ends_E: As the reference.
+        ends_E: As the reference; on a device its values are not checked.
         gelu: As the reference.
         row_weights_R: As the reference.
         gather_R: As the reference; indices are not checked.
         scatter_R: As the reference; indices are not checked.
-        tile: How to cut the product, instead of the configured choice.
+        tile: How to cut the product, instead of what the formula of `configs` picks.
 
     Raises:
         ValueError: Shapes, dtypes, devices or strides that no kernel takes.
@@ -146,11 +153,11 @@ def grouped_gemm(
             _check_integers(name, index_R, R, torch.int64, rows_RI)
     if row_weights_R is not None:
         _check("row_weights_R", row_weights_R, (R,), like=rows_RI, dtype=torch.float32)
+    if weight_EIO.dtype != rows_RI.dtype:
+        raise ValueError(f"rows_RI is {rows_RI.dtype}, weight_EIO {weight_EIO.dtype}")
     if tile is None:
-        chosen = plan(
-            _device(rows_RI.device), Shape(E, inner, outer, rows_RI.itemsize, max(R, 512))
-        )
-        tile = chosen.up
+        shape = Shape(E, inner, outer, rows_RI.itemsize, R)
+        tile = largest(_device(rows_RI.device), shape, inner, outer)
     if tile.kernel in ("tma", "specialized") and gather_R is not None:
         rows_RI, gather_R = rows_RI[gather_R], None
     out_RO = rows_RI.new_empty(R, outer)
@@ -158,11 +165,11 @@ def grouped_gemm(
         rows_RI, weight_EIO, ends_E, out_RO, tile,
         gelu=gelu, row_weights_R=row_weights_R, gather_R=gather_R, scatter_R=scatter_R,
     )  # fmt: skip
-    return out_RO
+    return _from(out_RO, rows_RI, weight_EIO, *([] if row_weights_R is None else [row_weights_R]))
 
 
 def unpermute(rows_RD: Tensor, order_R: Tensor | None, bias_D: Tensor, top_k: int) -> Tensor:
-    """As `reference.unpermute`.
+    """As `reference.unpermute`; that order_R is a permutation is not checked.
 
     Raises:
         ValueError: Shapes, dtypes, devices or strides that no kernel takes.
@@ -171,7 +178,7 @@ def unpermute(rows_RD: Tensor, order_R: Tensor | None, bias_D: Tensor, top_k: in
     _check("bias_D", bias_D, rows_RD.shape[1:], like=rows_RD)
     out_TD = rows_RD.new_empty(len(rows_RD) // top_k, rows_RD.shape[1], dtype=torch.float32)
     _unpermute(rows_RD[None], bias_D, out_TD, top_k)
-    return out_TD
+    return _from(out_TD, rows_RD, bias_D)
 
 
 def unpermute_add_norm(
@@ -198,7 +205,7 @@ def unpermute_add_norm(
     out_TD = torch.empty_like(residual_TD)
     norm = (residual_TD, norm_weight_D, norm_bias_D, eps)
     _unpermute(rows_RD[None], bias_D, out_TD, top_k, norm=norm)
-    return out_TD
+    return _from(out_TD, rows_RD, bias_D, residual_TD, norm_weight_D, norm_bias_D)
 
 
 def add_layer_norm(
@@ -221,7 +228,7 @@ def add_layer_norm(
                 x_TD, y_TD, weight_D, bias_D, out_TD, T, eps,
                 D=D, Y_STRIDE=0 if y_TD.dim() == 1 else D, BLOCK_T=4, PIECE=_piece(x_TD),
             )  # fmt: skip
-    return out_TD
+    return _from(out_TD, x_TD, y_TD, weight_D, bias_D)
 
 
 class Packing(NamedTuple):
@@ -281,7 +288,7 @@ def attention(qkv_T3NH: Tensor, packing: Packing) -> Tensor:
                 BLOCK_H=max(16, _power_of_two(H)), num_warps=8 if packing.block_m == 128 else 4,
                 num_stages=2,
             )  # fmt: skip
-    return out_TNH.flatten(1)
+    return _from(out_TNH.flatten(1), qkv_T3NH)
 
 
 def embed(
@@ -310,7 +317,7 @@ def embed(
                 ids_T, words_VD, type_D, norm_weight_D, norm_bias_D, out_TD, len(ids_T), eps,
                 D=D, BLOCK_T=4, PIECE=_piece(words_VD),
             )  # fmt: skip
-    return out_TD
+    return _from(out_TD, words_VD, type_D, norm_weight_D, norm_bias_D)
 
 
 def mean_pool(hidden_TD: Tensor, lengths: Sequence[int]) -> Tensor:
@@ -331,25 +338,7 @@ def mean_pool(hidden_TD: Tensor, lengths: Sequence[int]) -> Tensor:
             packed.mean_pool_kernel[(len(lengths), triton.cdiv(D, 128))](
                 hidden_TD, bounds_on_device, out_BD, D=D, BLOCK_T=32, BLOCK_D=128
             )
-    return out_BD
-
-
-class _Inference(torch.autograd.Function):
-    """The identity, whose gradient is a clear error."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, parameter: Tensor) -> Tensor:
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> Any:
-        _no_backward(ctx)
-
-
-def differentiable(x: Tensor, parameter: Tensor) -> Tensor:
-    """Return x such that a gradient through it raises RuntimeError, if the parameter wants one."""
-    out: Tensor = _Inference.apply(x, parameter)  # type: ignore[no-untyped-call]
-    return out
+    return _from(out_BD, hidden_TD)
 
 
 def moe_layer(
@@ -369,7 +358,6 @@ def moe_layer(
     Raises:
         ValueError: Shapes, dtypes, devices or strides that no kernel takes.
     """
-    check_layer(x_TD, router_weight_ED, w1_EDF, w2_EFD, bias_D, top_k)
     out: tuple[Tensor, Tensor, Tensor] = torch.ops.nomoe.moe_layer(
         x_TD, router_weight_ED, w1_EDF, w2_EFD, bias_D, top_k, normalize
     )
@@ -399,6 +387,9 @@ def check_layer(
             "both weights must have one dtype, and x that one or float32"
         )
     _check("bias_D", bias_D, (D,), like=x_TD)
+    # rows are numbered in int32
+    if len(x_TD) * top_k >= 1 << 31:
+        raise ValueError(f"{len(x_TD)} tokens make more than 2^31 rows; split them")
 
 
 @torch.library.custom_op("nomoe::moe_layer", mutates_args=())
@@ -411,6 +402,7 @@ def _moe_layer(
     top_k: int,
     normalize: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    check_layer(x_TD, router_weight_ED, w1_EDF, w2_EFD, bias_D, top_k)
     return run_layer(x_TD, router_weight_ED, w1_EDF, w2_EFD, bias_D, top_k, normalize=normalize)
 
 
@@ -438,6 +430,30 @@ def _no_backward(ctx: object, *gradients: Tensor | None) -> None:
 _moe_layer.register_autograd(_no_backward)
 
 
+class _Inference(torch.autograd.Function):
+    """The identity in its first argument, whose gradient is a clear error."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *inputs: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> Any:
+        _no_backward(ctx)
+
+
+def _from(x: Tensor, *inputs: Tensor) -> Tensor:
+    """Tie a kernel's result to what it was made from.
+
+    Autograd knows nothing of the kernels and would take x for a constant: a gradient through it has
+    to raise instead.
+    """
+    if torch.is_grad_enabled() and any(one.requires_grad for one in inputs):
+        out: Tensor = _Inference.apply(x, *inputs)  # type: ignore[no-untyped-call]
+        return out
+    return x
+
+
 def run_layer(
     x_TD: Tensor,
     router_weight_ED: Tensor,
@@ -452,6 +468,10 @@ def run_layer(
     """What `moe_layer` runs, without its checks; `tiles` replaces the configured plan."""
     (T, D), (E, _, F), K = x_TD.shape, w1_EDF.shape, top_k
     R = T * K
+    if tiles and (tiles.up.splits > 1 or len({tile.kernel == "small" for tile in tiles}) > 1):
+        raise ValueError(
+            f"{tiles} mixes the small kernel with another, or splits the first product"
+        )
     weights_TK, experts_TK = _empty_routing(x_TD, K)
     out_TD = torch.empty(T, D, dtype=torch.float32, device=x_TD.device)
     if T == 0:
@@ -593,6 +613,8 @@ def _grouped_gemm(
     divisor: int = 1,
 ) -> None:
     (E, inner, outer), R = weight_EIO.shape, len(out_RO)
+    if tile.kernel == "small" or not supports(tile, E, inner):
+        raise ValueError(f"{tile} cannot cut a product of {E} experts and inner width {inner}")
     if R == 0:
         return
     is_o_contiguous = weight_EIO.stride(2) == 1
@@ -609,8 +631,9 @@ def _grouped_gemm(
                 num_warps=tile.warps, num_stages=tile.stages,
             )  # fmt: skip
             return
-        if not supports(tile, E, inner):
-            raise ValueError(f"{tile} does not fit {E} experts of inner width {inner}")
+        for name, tensor in (("rows", rows_RI), ("weight", weight_EIO)):
+            if tensor.is_cuda and tensor.data_ptr() % 16:
+                raise ValueError(f"the {name} start at an address that is not a multiple of 16")
         programs = min(tiles, _device(rows_RI.device).multiprocessors)
         # where the descriptors are kept that the programs make for themselves
         triton.set_allocator(_allocate)
@@ -720,8 +743,11 @@ def _piece(x_TD: Tensor) -> int:
 
 def _precision(rows: Tensor) -> str:
     """How tl.dot multiplies float32; on AMD and under the interpreter plain float32."""
-    is_nvidia = rows.is_cuda and torch.version.hip is None
-    return "tf32x3" if is_nvidia and rows.dtype == torch.float32 else "ieee"
+    return "tf32x3" if _is_nvidia(rows) and rows.dtype == torch.float32 else "ieee"
+
+
+def _is_nvidia(tensor: Tensor) -> bool:
+    return tensor.is_cuda and torch.version.hip is None
 
 
 @lru_cache(maxsize=64)
@@ -789,7 +815,8 @@ def _check_integers(
 ) -> None:
     if tensor.shape != (length,) or tensor.dtype != dtype or not tensor.is_contiguous():
         raise ValueError(
-            f"{name} is {tuple(tensor.shape)} of {tensor.dtype}, expected ({length},) of {dtype}"
+            f"{name} is {tuple(tensor.shape)} of {tensor.dtype} with strides {tensor.stride()}, "
+            f"expected a contiguous ({length},) of {dtype}"
         )
     if tensor.device != like.device:
         raise ValueError(f"{name} is on {tensor.device}, the rest on {like.device}")

@@ -23,8 +23,8 @@ def gelu(x, EXACT: tl.constexpr):
     """The erf GELU of a float32 tile.
 
     Unless EXACT it is max(x, 0) - |x| * Phi(-|x|) with Phi(-a), the normal distribution's tail, as
-    2 to a polynomial: within 6.3e-7 of the exact GELU everywhere, where the textbook formula in
-    float32 is within 4.5e-7, for one exponential and five multiply-adds. The coefficients are a
+    2 to a polynomial: about 6e-7 from the exact GELU at most, where the textbook formula in float32
+    is 5e-7 from it, for one exponential and five multiply-adds. The coefficients are a
     minimax fit over 0 <= a <= 6.5 of the GELU's absolute error; beyond, the tail is zero.
     """
     if EXACT:

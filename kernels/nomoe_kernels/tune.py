@@ -7,7 +7,8 @@
 For every size class the whole layer is timed as a CUDA graph over several layers' weights, first
 with each tile for the first product, then with each for the second, then with those for few rows;
 a tile whose result is not that of plain torch is left out, and named. The table is written after
-every size class, and size classes it has are not measured again without --again.
+every size class, and size classes it has are not measured again without --again. float16 and
+bfloat16 share entries: their tiles cost the same.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
+from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources
 
 from . import configs, fused, reference
@@ -152,8 +154,9 @@ def tune(
                         timed[tiles] = time_plan(layers, tiles, repeats)
                         continue
                     problem = "its result is wrong"
-                except OutOfResources as error:
-                    problem = str(error)
+                # a tile that does not fit, or that this version of Triton cannot compile
+                except (OutOfResources, CompilationError, RuntimeError) as error:
+                    problem = str(error).partition("\n")[0]
                 print(f"left out, {problem}: {tiles}", file=sys.stderr)
                 timed[tiles] = float("inf")
         best = min(timed, key=lambda tiles: timed[tiles])
@@ -165,7 +168,7 @@ def tune(
 def entry(device: Device, shape: Shape, tiles: Plan, seconds: float) -> dict[str, Any]:
     """A record of tuned.json."""
     return {
-        "capability": list(device.capability),
+        "device": device.name,
         "shape": shape._asdict(),
         "up": tiles.up._asdict(),
         "down": tiles.down._asdict(),
@@ -193,6 +196,8 @@ def main(arguments: list[str] | None = None) -> int:
     where = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if where.type == "cpu" and not fused.INTERPRETED:
         parser.error("there is no CUDA device to tune for")
+    if fused.INTERPRETED and args.output == configs.TUNED:
+        parser.error("under Triton's interpreter give --output: its times are not a device's")
     dtype = DTYPES[args.dtype]
     device = configs.device_of(where)
     rows = [configs.size_class(R) for R in args.rows or (1 << power for power in range(4, 19))]
@@ -202,9 +207,18 @@ def main(arguments: list[str] | None = None) -> int:
         entries = json.loads(args.output.read_text(encoding="utf-8"))
 
     def key(record: dict[str, Any]) -> str:
-        return json.dumps([record["capability"], record["shape"]], sort_keys=True)
+        return json.dumps([record["device"], record["shape"]], sort_keys=True)
 
     known = {key(record): record for record in entries}
+
+    def write() -> None:
+        # a whole file at every moment: the table is read by whoever imports the kernels
+        part = args.output.with_name(args.output.name + ".part")
+        part.write_text(json.dumps(list(known.values()), indent=1) + "\n", encoding="utf-8")
+        part.replace(args.output)
+
+    # before anything is measured, lest it cannot be kept
+    write()
     bar = tqdm(sorted(set(rows)), unit=" sizes", disable=None)
     with torch.no_grad():
         for R in bar:
@@ -212,14 +226,12 @@ def main(arguments: list[str] | None = None) -> int:
             # of the formula's plan, for the key alone
             empty = entry(device, shape, configs.formula(device, shape), 0.0)
             if key(empty) in known and not args.again:
+                tqdm.write(f"{R:>7} rows: in the table already; --again measures them")
                 continue
             layers = draw_layers(shape, args.top_k, dtype, where)
             tiles, seconds = tune(device, shape, layers, args.repeats, bar)
             known[key(empty)] = entry(device, shape, tiles, seconds)
-            # a whole file at every moment: the table is read by whoever imports the kernels
-            part = args.output.with_name(args.output.name + ".part")
-            part.write_text(json.dumps(list(known.values()), indent=1) + "\n", encoding="utf-8")
-            part.replace(args.output)
+            write()
             tqdm.write(f"{R:>7} rows: {1e6 * seconds:9.1f} us  up {tiles.up}  down {tiles.down}")
     return 0
 
