@@ -102,9 +102,9 @@ def select_backend(
         raise ValueError(f"backend is {name!r}, expected 'auto', 'torch' or 'triton'")
     if batch_invariant:
         raise RuntimeError(
-            "batch_invariant=True cannot run: this version of nomoe computes attention and the "
-            "dense layers with torch's kernels, which round differently by batch; a text's vector "
-            "stays within its dtype's bounds whatever the batch"
+            "batch_invariant=True cannot run: this version of nomoe computes the dense products "
+            "with torch's kernels, which round differently by batch; a text's vector stays within "
+            "its dtype's bounds whatever the batch"
         )
     if name == "torch":
         return Backend("torch", "asked for")

@@ -1,8 +1,8 @@
 """Which kernel and which tile runs a product, by device, dtype and number of rows.
 
-Nothing is tuned at run time. `tuned.json` holds what `python -m nomoe_kernels.tune` measured; where
-it has no entry for a device and shape, a formula picks from a short menu that respects the device's
-shared memory.
+Nothing is tuned at run time. `tuned.json` holds what `python -m nomoe_kernels.tune` measured (none
+ships yet); where it has no entry for a device and shape, a formula picks from a short menu that
+respects the device's shared memory.
 """
 
 from __future__ import annotations
