@@ -243,8 +243,8 @@ def kernel_works(tokens: int, layers: list[Layer], *, all_tiles: bool) -> list[W
     h_RF = torch.rand(len(rows_RD), F_, device=x_TD.device).to(x_TD.dtype)
     R, item, matrices = len(rows_RD), x_TD.itemsize, E * D * F_ * x_TD.itemsize
     device = x_TD.device
-    counts_PE, chunk = fused._route_and_count(
-        x_TD, layer.router_ED, *fused._empty_routing(x_TD, TOP_K), normalize=False
+    counts_PE, chunk = fused._route(
+        x_TD, layer.router_ED, *fused._empty_routing(x_TD, TOP_K), normalize=False, counts=True
     )
     plan = configs.plan(configs.device_of(device), configs.Shape(E, D, F_, item, R))
 

@@ -99,7 +99,7 @@ def test_candidates_fit() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(torch.cuda.is_available(), reason="times the interpreter")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="expects the interpreter")
 def test_the_tuner(
     table: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

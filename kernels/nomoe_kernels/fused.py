@@ -48,7 +48,7 @@ def route(
     _check_router(router_weight_ED, x_TD, top_k)
     weights_TK, experts_TK = _empty_routing(x_TD, top_k)
     _route(x_TD, router_weight_ED, weights_TK, experts_TK, normalize=normalize)
-    return _from(weights_TK, x_TD, router_weight_ED), experts_TK
+    return _made_from(weights_TK, x_TD, router_weight_ED), experts_TK
 
 
 def add_norm_route(
@@ -81,8 +81,8 @@ def add_norm_route(
         normalize=normalize, rounded_TD=normed_TD, norm=norm,
     )  # fmt: skip
     inputs = (x_TD, y_TD, norm_weight_D, norm_bias_D)
-    weights_TK = _from(weights_TK, *inputs, router_weight_ED)
-    return _from(normed_TD, *inputs), weights_TK, experts_TK
+    weights_TK = _made_from(weights_TK, *inputs, router_weight_ED)
+    return _made_from(normed_TD, *inputs), weights_TK, experts_TK
 
 
 def permute(experts_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
@@ -165,7 +165,9 @@ def grouped_gemm(
         rows_RI, weight_EIO, ends_E, out_RO, tile,
         gelu=gelu, row_weights_R=row_weights_R, gather_R=gather_R, scatter_R=scatter_R,
     )  # fmt: skip
-    return _from(out_RO, rows_RI, weight_EIO, *([] if row_weights_R is None else [row_weights_R]))
+    return _made_from(
+        out_RO, rows_RI, weight_EIO, *([] if row_weights_R is None else [row_weights_R])
+    )
 
 
 def unpermute(rows_RD: Tensor, order_R: Tensor | None, bias_D: Tensor, top_k: int) -> Tensor:
@@ -178,7 +180,7 @@ def unpermute(rows_RD: Tensor, order_R: Tensor | None, bias_D: Tensor, top_k: in
     _check("bias_D", bias_D, rows_RD.shape[1:], like=rows_RD)
     out_TD = rows_RD.new_empty(len(rows_RD) // top_k, rows_RD.shape[1], dtype=torch.float32)
     _unpermute(rows_RD[None], bias_D, out_TD, top_k)
-    return _from(out_TD, rows_RD, bias_D)
+    return _made_from(out_TD, rows_RD, bias_D)
 
 
 def unpermute_add_norm(
@@ -205,7 +207,7 @@ def unpermute_add_norm(
     out_TD = torch.empty_like(residual_TD)
     norm = (residual_TD, norm_weight_D, norm_bias_D, eps)
     _unpermute(rows_RD[None], bias_D, out_TD, top_k, norm=norm)
-    return _from(out_TD, rows_RD, bias_D, residual_TD, norm_weight_D, norm_bias_D)
+    return _made_from(out_TD, rows_RD, bias_D, residual_TD, norm_weight_D, norm_bias_D)
 
 
 def add_layer_norm(
@@ -228,7 +230,7 @@ def add_layer_norm(
                 x_TD, y_TD, weight_D, bias_D, out_TD, T, eps,
                 D=D, Y_STRIDE=0 if y_TD.dim() == 1 else D, BLOCK_T=4, PIECE=_piece(x_TD),
             )  # fmt: skip
-    return _from(out_TD, x_TD, y_TD, weight_D, bias_D)
+    return _made_from(out_TD, x_TD, y_TD, weight_D, bias_D)
 
 
 class Packing(NamedTuple):
@@ -288,7 +290,7 @@ def attention(qkv_T3NH: Tensor, packing: Packing) -> Tensor:
                 BLOCK_H=max(16, _power_of_two(H)), num_warps=8 if packing.block_m == 128 else 4,
                 num_stages=2,
             )  # fmt: skip
-    return _from(out_TNH.flatten(1), qkv_T3NH)
+    return _made_from(out_TNH.flatten(1), qkv_T3NH)
 
 
 def embed(
@@ -317,7 +319,7 @@ def embed(
                 ids_T, words_VD, type_D, norm_weight_D, norm_bias_D, out_TD, len(ids_T), eps,
                 D=D, BLOCK_T=4, PIECE=_piece(words_VD),
             )  # fmt: skip
-    return _from(out_TD, words_VD, type_D, norm_weight_D, norm_bias_D)
+    return _made_from(out_TD, words_VD, type_D, norm_weight_D, norm_bias_D)
 
 
 def mean_pool(hidden_TD: Tensor, lengths: Sequence[int]) -> Tensor:
@@ -338,7 +340,7 @@ def mean_pool(hidden_TD: Tensor, lengths: Sequence[int]) -> Tensor:
             packed.mean_pool_kernel[(len(lengths), triton.cdiv(D, 128))](
                 hidden_TD, bounds_on_device, out_BD, D=D, BLOCK_T=32, BLOCK_D=128
             )
-    return _from(out_BD, hidden_TD)
+    return _made_from(out_BD, hidden_TD)
 
 
 def moe_layer(
@@ -353,7 +355,8 @@ def moe_layer(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `reference.moe_layer`: the whole layer as one operator, `torch.ops.nomoe.moe_layer`.
 
-    Opaque to torch.compile and safe under CUDA graphs. A gradient through it raises RuntimeError.
+    Opaque to torch.compile. Nothing in it waits for the device, so that a CUDA graph can record it.
+    A gradient through it raises RuntimeError.
 
     Raises:
         ValueError: Shapes, dtypes, devices or strides that no kernel takes.
@@ -442,7 +445,7 @@ class _Inference(torch.autograd.Function):
         _no_backward(ctx)
 
 
-def _from(x: Tensor, *inputs: Tensor) -> Tensor:
+def _made_from(x: Tensor, *inputs: Tensor) -> Tensor:
     """Tie a kernel's result to what it was made from.
 
     Autograd knows nothing of the kernels and would take x for a constant: a gradient through it has
@@ -495,9 +498,11 @@ def run_layer(
         _unpermute(parts_SRD, bias_D, out_TD, K)
         return out_TD, weights_TK, experts_TK
 
-    counts_PE, chunk = _route_and_count(
-        x_TD, router_weight_ED, weights_TK, experts_TK, normalize=normalize, rounded_TD=rounded_TD
-    )
+    counts_PE, chunk = _route(
+        x_TD, router_weight_ED, weights_TK, experts_TK,
+        normalize=normalize, rounded_TD=rounded_TD, counts=True,
+    )  # fmt: skip
+    assert counts_PE is not None
     # the tensor memory accelerator of Hopper cannot gather rows
     is_sorted = tiles.up.kernel != "pointer"
     order_R, ends_E, sorted_RD = _permute(
@@ -525,52 +530,19 @@ def _route(
     normalize: bool,
     rounded_TD: Tensor | None = None,
     norm: tuple[Tensor, Tensor, Tensor, float] | None = None,
-) -> None:
-    """Route on as many programs as there are blocks of four tokens."""
-    T = len(x_TD)
-    if T:
-        _launch_route(
-            x_TD, router_weight_ED, weights_TK, experts_TK, None, triton.cdiv(T, 4), 4,
-            normalize=normalize, rounded_TD=rounded_TD, norm=norm, block_t=4, warps=4,
-        )  # fmt: skip
-
-
-def _route_and_count(
-    x_TD: Tensor,
-    router_weight_ED: Tensor,
-    weights_TK: Tensor,
-    experts_TK: Tensor,
-    *,
-    normalize: bool,
-    rounded_TD: Tensor | None = None,
-) -> tuple[Tensor, int]:
-    """Route on a bounded number of programs, each with a row of counts; also tokens of each."""
-    programs, chunk = _share(len(x_TD), 16)
-    counts_PE = experts_TK.new_empty(programs, len(router_weight_ED), dtype=torch.int32)
-    # two rows to a warp: with one, and the counts, the compiler runs out of registers
-    _launch_route(
-        x_TD, router_weight_ED, weights_TK, experts_TK, counts_PE, programs, chunk,
-        normalize=normalize, rounded_TD=rounded_TD, norm=None, block_t=16, warps=8,
-    )  # fmt: skip
-    return counts_PE, chunk
-
-
-def _launch_route(
-    x_TD: Tensor,
-    router_weight_ED: Tensor,
-    weights_TK: Tensor,
-    experts_TK: Tensor,
-    counts_PE: Tensor | None,
-    programs: int,
-    chunk: int,
-    *,
-    normalize: bool,
-    rounded_TD: Tensor | None,
-    norm: tuple[Tensor, Tensor, Tensor, float] | None,
-    block_t: int,
-    warps: int,
-) -> None:
+    counts: bool = False,
+) -> tuple[Tensor | None, int]:
+    """Fill the weights and experts; the counts of each program if asked, and its tokens."""
     (T, D), E, K = x_TD.shape, len(router_weight_ED), weights_TK.shape[1]
+    if T == 0:
+        return None, 0
+    if counts:
+        # who orders the rows reads all counts, so their number is bounded. Two rows to a warp: with
+        # one, and the counts, the compiler runs out of registers
+        (programs, chunk), block_t, warps = _share(T, 16), 16, 8
+        counts_PE = experts_TK.new_empty(programs, E, dtype=torch.int32)
+    else:
+        programs, chunk, block_t, warps, counts_PE = triton.cdiv(T, 4), 4, 4, 4, None
     y_TD, norm_weight_D, norm_bias_D, eps = norm or (None, None, None, 0.0)
     with _on(x_TD):
         routing.route_kernel[(programs,)](
@@ -579,6 +551,7 @@ def _launch_route(
             D=D, E=E, K=K, NORMALIZE=normalize, BLOCK_T=block_t, PIECE=_piece(x_TD),
             BLOCK_E=_power_of_two(E), BLOCK_K=_power_of_two(K), num_warps=warps,
         )  # fmt: skip
+    return counts_PE, chunk
 
 
 def _permute(
@@ -827,10 +800,10 @@ def _check_weight(name: str, weight: Tensor, like: Tensor, inner: int) -> tuple[
     if weight.dim() != 3 or weight.shape[1] != inner:
         raise ValueError(f"{name} is {tuple(weight.shape)}, expected (experts, {inner}, any)")
     experts, _, outer = weight.shape
-    packed = {(inner * outer, outer, 1), (inner * outer, 1, inner)}
-    if weight.stride() not in packed:
+    layouts = {(inner * outer, outer, 1), (inner * outer, 1, inner)}
+    if weight.stride() not in layouts:
         raise ValueError(
-            f"{name} has strides {weight.stride()}, expected packed matrices: one of {packed}"
+            f"{name} has strides {weight.stride()}, expected packed matrices: one of {layouts}"
         )
     _check(name, weight.flatten() if weight.stride(2) == 1 else weight.transpose(1, 2).flatten(),
            (weight.numel(),), like=like)  # fmt: skip

@@ -155,8 +155,8 @@ def pointer_kernel(
     )
     acc_MN = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for k in range(0, I, BLOCK_K):
-        # a sum over I has no room for what lies beyond; rows and columns beyond are never stored,
-        # but NaN there costs nothing and a read out of bounds would
+        # beyond I zeros keep the sum; rows and columns beyond theirs are masked for the sake of the
+        # reads alone, since nobody stores what they make
         inside_K = inner_K < I - k
         a_MK = tl.load(row_ptrs_MK, mask=is_row_M[:, None] & inside_K[None, :], other=0.0)
         b_KN = tl.load(weight_ptrs_KN, mask=inside_K[:, None] & (columns_N < O)[None, :], other=0.0)

@@ -39,7 +39,7 @@ SMALL_ROWS = 2048
 SPLITS = (1, 2, 4, 8)
 # largest difference from plain torch, of its largest value
 TOLERANCE = {4: 1e-5, 2: 2e-2}
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in fused.DTYPES}
 
 
 class Layer(NamedTuple):
