@@ -138,7 +138,7 @@ def triton_layer(x_TD: Tensor, layer: Layer) -> Tensor:
 def stock_layer(x_TD: Tensor, layer: Layer) -> Tensor:
     """A good build of stock operations: sort, F.grouped_mm, GELU by itself, gather and sum."""
     weights_TK, experts_TK = reference.route(x_TD, layer.router_ED, TOP_K)
-    order_R, ends_E = sort_by_expert(experts_TK, len(layer.w1_EDF))
+    _, order_R, ends_E = sort_by_expert(experts_TK, len(layer.w1_EDF))
     h_RF = F.gelu(F.grouped_mm(x_TD[order_R // TOP_K], layer.w1_EDF, offs=ends_E))
     y_RD = F.grouped_mm(h_RF, layer.w2_EFD, offs=ends_E)
     y_RD = y_RD * weights_TK.flatten()[order_R, None]
@@ -150,20 +150,19 @@ def scattermoe_layer(x_TD: Tensor, layer: Layer) -> Tensor:
     from scattermoe.parallel_experts import parallel_linear
 
     weights_TK, experts_TK = reference.route(x_TD, layer.router_ED, TOP_K)
-    sorted_R, order_R = experts_TK.flatten().sort(stable=True)
-    ends_E = sort_by_expert(experts_TK, len(layer.w1_EDF))[1].long()
-    where = (sorted_R, order_R, ends_E)
+    sorted_R, order_R, ends_E = sort_by_expert(experts_TK, len(layer.w1_EDF))
+    where = (sorted_R, order_R, ends_E.long())
     h_RF = F.gelu(parallel_linear(x_TD, layer.w1_EDF, TOP_K, *where, grouped_out=True))
     gates_TK = weights_TK.to(x_TD.dtype)
     out_TD: Tensor = parallel_linear(h_RF, layer.w2_EFD, 1, *where, gates=gates_TK, grouped_in=True)
     return out_TD.float() + layer.bias_D.float()
 
 
-def sort_by_expert(experts_TK: Tensor, experts: int) -> tuple[Tensor, Tensor]:
-    """`reference.permute` without the synchronisation of a bincount."""
+def sort_by_expert(experts_TK: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """`reference.permute` without the synchronisation of a bincount, after the sorted experts."""
     sorted_R, order_R = experts_TK.flatten().sort(stable=True)
     every_E = torch.arange(experts, device=experts_TK.device)
-    return order_R, torch.searchsorted(sorted_R, every_E, right=True, out_int32=True)
+    return sorted_R, order_R, torch.searchsorted(sorted_R, every_E, right=True, out_int32=True)
 
 
 class Ceiling(NamedTuple):
@@ -237,7 +236,7 @@ def kernel_works(tokens: int, layers: list[Layer], *, all_tiles: bool) -> list[W
     weights_TK, experts_TK = reference.route(x_TD, layer.router_ED, TOP_K)
     # the reference returns columns of a wider tensor
     experts_TK = experts_TK.contiguous()
-    order_R, ends_E = sort_by_expert(experts_TK, E)
+    _, order_R, ends_E = sort_by_expert(experts_TK, E)
     gather_R = order_R // TOP_K
     rows_RD, row_weights_R = x_TD[gather_R], weights_TK.flatten()[order_R]
     h_RF = torch.rand(len(rows_RD), F_, device=x_TD.device).to(x_TD.dtype)
@@ -338,7 +337,7 @@ def kernel_works(tokens: int, layers: list[Layer], *, all_tiles: bool) -> list[W
         memory_work(
             "permute with rows",
             lambda: fused._permute(experts_TK, counts_PE, chunk * TOP_K, x_TD)[2],
-            lambda: x_TD[sort_by_expert(experts_TK, E)[0] // TOP_K],
+            lambda: x_TD[sort_by_expert(experts_TK, E)[1] // TOP_K],
             tokens * (1 + TOP_K) * D * item,
         ),
         memory_work(

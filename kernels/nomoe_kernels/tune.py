@@ -106,11 +106,16 @@ def time_plan(layers: Sequence[Layer], tiles: Plan, repeats: int) -> float:
     return statistics.median(times) / 1000 / len(layers)
 
 
-def is_right(layer: Layer, tiles: Plan, expected_TD: Tensor) -> bool:
-    """Whether a plan gives what plain torch gives."""
-    out_TD = fused.run_layer(*layer, tiles=tiles)[0]
-    off = float((out_TD - expected_TD).abs().max() / expected_TD.abs().max())
-    return off <= TOLERANCE[layer.w1_EDF.itemsize]
+def is_right(layer: Layer, tiles: Plan, expected_TD: Tensor, experts_TK: Tensor) -> bool:
+    """Whether a plan gives what plain torch gives, where both choose the same experts.
+
+    Of many thousand random tokens one may be so near a tie that float32 decides it either way.
+    """
+    out_TD, _, chosen_TK = fused.run_layer(*layer, tiles=tiles)
+    same_T = (chosen_TK == experts_TK).all(dim=1)
+    off_TD = (out_TD - expected_TD)[same_T].abs()
+    is_close = bool(off_TD.max() <= TOLERANCE[layer.w1_EDF.itemsize] * expected_TD.abs().max())
+    return is_close and bool(same_T.float().mean() > 0.999)
 
 
 def rounds(device: Device, shape: Shape) -> Iterator[Callable[[Plan], list[Plan]]]:
@@ -141,7 +146,7 @@ def tune(
     Raises:
         RuntimeError: No plan gives the right result.
     """
-    expected_TD = reference.moe_layer(*layers[0])[0]
+    expected_TD, _, experts_TK = reference.moe_layer(*layers[0])
     timed: dict[Plan, float] = {}
     best = configs.formula(device, shape)
     for candidates in rounds(device, shape):
@@ -150,7 +155,7 @@ def tune(
                 if bar is not None:
                     bar.set_postfix_str(" ".join(f"{tiles.up[:6]} {tiles.down}".split()))
                 try:
-                    if is_right(layers[0], tiles, expected_TD):
+                    if is_right(layers[0], tiles, expected_TD, experts_TK):
                         timed[tiles] = time_plan(layers, tiles, repeats)
                         continue
                     problem = "its result is wrong"
