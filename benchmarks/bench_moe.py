@@ -319,7 +319,7 @@ def kernel_works(tokens: int, layers: list[Layer], *, all_tiles: bool) -> list[W
             ceilings=[copy_ceiling(moved, device)],
         )
 
-    norm = (torch.ones_like(layer.bias_D), layer.bias_D)
+    norm = reference.Norm(torch.ones_like(layer.bias_D), layer.bias_D, 1e-5)
     works += [
         memory_work(
             "route",
@@ -329,8 +329,8 @@ def kernel_works(tokens: int, layers: list[Layer], *, all_tiles: bool) -> list[W
         ),
         memory_work(
             "residual, LayerNorm and route",
-            lambda: fused.add_norm_route(x_TD, x_TD, *norm, 1e-5, layer.router_ED, TOP_K)[0],
-            lambda: reference.add_norm_route(x_TD, x_TD, *norm, 1e-5, layer.router_ED, TOP_K)[0],
+            lambda: fused.add_norm_route(x_TD, x_TD, norm, layer.router_ED, TOP_K)[0],
+            lambda: reference.add_norm_route(x_TD, x_TD, norm, layer.router_ED, TOP_K)[0],
             # both operands are the same tensor
             tokens * (2 * D * item + TOP_K * 12),
         ),

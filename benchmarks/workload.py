@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from itertools import chain
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from nomoe import NomicMoEConfig, NomicMoEModel
-from nomoe.moe import MoE, Ops
+from nomoe.moe import MoE, router_input
 from nomoe.synthetic import random_model
 
 # spread of the router's logits, at which the two best of eight experts take the 0.7 of a token that
@@ -47,8 +47,8 @@ def draw_model(config: NomicMoEConfig, texts: list[list[int]], seed: int) -> Nom
     model = random_model(config, seed)
     lengths = [len(ids) for ids in texts]
 
-    def spread(moe: MoE, inputs: tuple[Tensor, Ops]) -> None:
-        x_TD, weight_ED = inputs[0], moe.router.layer.weight
+    def spread(moe: MoE, inputs: tuple[Any, ...]) -> None:
+        x_TD, weight_ED = router_input(inputs), moe.router.layer.weight
         means_BD = torch.stack([part.mean(dim=0) for part in x_TD.split(lengths)])
         # orthonormal columns that span the means
         basis_DB = torch.linalg.qr(means_BD.T).Q

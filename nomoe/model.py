@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .checkpoint import CONFIG_FILE, DEFAULT_REPO, load_tensors, locate
 from .config import NomicMoEConfig
-from .moe import BackendName, MoE, Ops, select_backend
+from .moe import BackendName, LayerNorm, MoE, Ops, select_backend
 
 logger = logging.getLogger(__name__)
 
@@ -54,16 +54,21 @@ class Embeddings(nn.Module):
             config.type_vocab_size, width, _weight=torch.empty(config.type_vocab_size, width)
         )
 
-    def forward(self, ids_T: Tensor, norm: nn.LayerNorm, ops: Ops) -> Tensor:
+    def forward(self, ids_T: Tensor, norm: LayerNorm, ops: Ops) -> Tensor:
         """LayerNorm(word + type), (T, D)."""
         return ops.embed(
-            ids_T,
-            self.word_embeddings.weight,
-            self.token_type_embeddings.weight[0],
-            norm.weight,
-            norm.bias,
-            norm.eps,
+            ids_T, self.word_embeddings.weight, self.token_type_embeddings.weight[0], norm.parts
         )
+
+
+class Linear(nn.Linear):
+    """x @ weight.T + bias by the kernels, with the exact (erf) GELU where asked."""
+
+    def forward(  # type: ignore[override]
+        self, x_TI: Tensor, ops: Ops, *, gelu: bool = False
+    ) -> Tensor:
+        """Apply the layer, (T, O)."""
+        return ops.linear(x_TI, self.weight, self.bias, gelu=gelu)
 
 
 class Attention(nn.Module):
@@ -72,14 +77,14 @@ class Attention(nn.Module):
     def __init__(self, config: NomicMoEConfig) -> None:
         super().__init__()
         self.heads = config.n_head
-        self.Wqkv = nn.Linear(config.n_embd, 3 * config.n_embd)
-        self.out_proj = nn.Linear(config.n_embd, config.n_embd)
+        self.Wqkv = Linear(config.n_embd, 3 * config.n_embd)
+        self.out_proj = Linear(config.n_embd, config.n_embd)
 
     def forward(self, x_TD: Tensor, packing: Any, ops: Ops) -> Tensor:
         """Attend within each text, (T, D)."""
         # q, k, v one after the other, each with its heads contiguous ("three-major")
-        qkv_T3NH = self.Wqkv(x_TD).unflatten(-1, (3, self.heads, -1))
-        out_TD: Tensor = self.out_proj(ops.attention(qkv_T3NH, packing))
+        qkv_T3NH = self.Wqkv(x_TD, ops).unflatten(-1, (3, self.heads, -1))
+        out_TD: Tensor = self.out_proj(ops.attention(qkv_T3NH, packing), ops)
         return out_TD
 
 
@@ -88,13 +93,18 @@ class Mlp(nn.Module):
 
     def __init__(self, config: NomicMoEConfig) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(config.n_embd, config.ffn_width)
-        self.fc2 = nn.Linear(config.ffn_width, config.n_embd)
+        self.fc1 = Linear(config.n_embd, config.ffn_width)
+        self.fc2 = Linear(config.ffn_width, config.n_embd)
 
-    def forward(self, x_TD: Tensor) -> Tensor:
-        """Apply the layer, (T, D)."""
-        out_TD: Tensor = self.fc2(F.gelu(self.fc1(x_TD)))
-        return out_TD
+    def forward(
+        self, x_TD: Tensor, y_TD: Tensor, norm: LayerNorm, next_norm: LayerNorm, ops: Ops
+    ) -> Tensor:
+        """Apply the layer between its norms: z = norm(x + y), next_norm(z + mlp(z))."""
+        z_TD = ops.add_layer_norm(x_TD, y_TD, norm.parts)
+        # what stands in for fc1, an adapter say, adds to its result before the GELU
+        is_own = isinstance(self.fc1, Linear)
+        h_TF = self.fc1(z_TD, ops, gelu=True) if is_own else F.gelu(self.fc1(z_TD, ops))
+        return ops.add_layer_norm(z_TD, self.fc2(h_TF, ops), next_norm.parts)
 
 
 class Layer(nn.Module):
@@ -103,28 +113,20 @@ class Layer(nn.Module):
     def __init__(self, config: NomicMoEConfig, *, moe: bool) -> None:
         super().__init__()
         self.attn = Attention(config)
-        self.norm1 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.norm1 = LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.mlp: Mlp | MoE = MoE(config) if moe else Mlp(config)
-        self.norm2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.norm2 = LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
 
     def forward(
         self, x_TD: Tensor, packing: Any, ops: Ops
     ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
         """Apply the layer; also return a MoE layer's router weights and experts, (T, K) each."""
-        normed_TD = add_norm(ops, x_TD, self.attn(x_TD, packing, ops), self.norm1)
-        dtype, routing = x_TD.dtype, None
-        x_TD = normed_TD.to(dtype)
+        y_TD = self.attn(x_TD, packing, ops)
+        out = self.mlp(x_TD, y_TD, self.norm1, self.norm2, ops)
         if isinstance(self.mlp, MoE):
-            y_TD, weights_TK, experts_TK = self.mlp(normed_TD, ops)
-            routing = (weights_TK, experts_TK)
-        else:
-            y_TD = self.mlp(x_TD)
-        return add_norm(ops, x_TD, y_TD, self.norm2).to(dtype), routing
-
-
-def add_norm(ops: Ops, x_TD: Tensor, y_TD: Tensor, norm: nn.LayerNorm) -> Tensor:
-    """LayerNorm(x + y) in float32."""
-    return ops.add_layer_norm(x_TD, y_TD, norm.weight, norm.bias, norm.eps)
+            out_TD, weights_TK, experts_TK = out
+            return out_TD, (weights_TK, experts_TK)
+        return out, None
 
 
 class Layers(nn.Module):
@@ -171,7 +173,7 @@ class NomicMoEModel(nn.Module):
             batch_invariant=batch_invariant,
         )
         self.embeddings = Embeddings(config)
-        self.emb_ln = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.emb_ln = LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.encoder = Layers(config)
         self.reset_parameters()
 

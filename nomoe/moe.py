@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from nomoe_kernels import reference
+from nomoe_kernels.reference import MoEWeights, Norm
 
 from .config import NomicMoEConfig
 
@@ -19,21 +20,15 @@ BackendName = Literal["auto", "torch", "triton"]
 class Ops(Protocol):
     """What a model asks of a kernel module; `nomoe_kernels.reference` documents each."""
 
-    def moe_layer(
-        self,
-        x_TD: Tensor,
-        router_weight_ED: Tensor,
-        w1_EDF: Tensor,
-        w2_EFD: Tensor,
-        bias_D: Tensor,
-        top_k: int,
-        *,
-        normalize: bool = False,
-    ) -> tuple[Tensor, Tensor, Tensor]: ...
+    def add_layer_norm(self, x_TD: Tensor, y_TD: Tensor, norm: Norm) -> Tensor: ...
 
-    def add_layer_norm(
-        self, x_TD: Tensor, y_TD: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float
+    def linear(
+        self, x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor, *, gelu: bool = False
     ) -> Tensor: ...
+
+    def moe_block(
+        self, x_TD: Tensor, y_TD: Tensor, norm: Norm, moe: MoEWeights, next_norm: Norm
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
 
     # a packing is the kernel module's own: `attention` takes what `pack` of the same one returned
     def pack(
@@ -48,15 +43,7 @@ class Ops(Protocol):
 
     def attention(self, qkv_T3NH: Tensor, packing: Any) -> Tensor: ...
 
-    def embed(
-        self,
-        ids_T: Tensor,
-        words_VD: Tensor,
-        type_D: Tensor,
-        norm_weight_D: Tensor,
-        norm_bias_D: Tensor,
-        eps: float,
-    ) -> Tensor: ...
+    def embed(self, ids_T: Tensor, words_VD: Tensor, type_D: Tensor, norm: Norm) -> Tensor: ...
 
     def mean_pool(self, hidden_TD: Tensor, lengths: Sequence[int]) -> Tensor: ...
 
@@ -178,6 +165,15 @@ class Experts(nn.Module):
         self.bias = nn.Parameter(torch.empty(config.n_embd))
 
 
+class LayerNorm(nn.LayerNorm):
+    """A LayerNorm whose parameters the kernels take; it is never called itself."""
+
+    @property
+    def parts(self) -> Norm:
+        """Weight, bias and eps."""
+        return Norm(self.weight, self.bias, self.eps)
+
+
 class MoE(nn.Module):
     """out = sum_k weight_k * expert_k(x) + bias, with the top K of a softmax over all E experts."""
 
@@ -189,16 +185,20 @@ class MoE(nn.Module):
         self.router = Router(config)
         self.experts = Experts(config)
 
-    def forward(self, normed_TD: Tensor, ops: Ops) -> tuple[Tensor, Tensor, Tensor]:
-        """Apply the layer.
+    def forward(
+        self, x_TD: Tensor, y_TD: Tensor, norm: LayerNorm, next_norm: LayerNorm, ops: Ops
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Apply the layer between its norms: z = norm(x + y), next_norm(z + moe(z)).
 
         Args:
-            normed_TD: The preceding norm's output in float32. The router reads it unrounded, the
-                experts in their weights' dtype.
+            x_TD: The layer's input.
+            y_TD: What attention made of it.
+            norm: The norm before the experts.
+            next_norm: The norm after them.
             ops: The kernels.
 
         Returns:
-            out_TD: float32, so that the residual sum that follows rounds only once.
+            out_TD: In the dtype of x.
             weights_TK: float32 router weights, best expert first.
             experts_TK: The experts they belong to.
         """
@@ -206,12 +206,13 @@ class MoE(nn.Module):
         # applied as x @ w1[e].T and h @ w2[e]: w1 is viewed transposed, w2 as stored
         w1_EDF = mlp.w1.unflatten(0, (self.num_experts, -1)).transpose(1, 2)
         w2_EFD = mlp.w2.unflatten(0, (self.num_experts, -1))
-        return ops.moe_layer(
-            normed_TD,
-            self.router.layer.weight,
-            w1_EDF,
-            w2_EFD,
-            self.experts.bias,
-            self.top_k,
-            normalize=self.normalize,
+        weights = MoEWeights(
+            self.router.layer.weight, w1_EDF, w2_EFD, self.experts.bias, self.top_k, self.normalize
         )
+        return ops.moe_block(x_TD, y_TD, norm.parts, weights, next_norm.parts)
+
+
+def router_input(inputs: tuple[Any, ...]) -> Tensor:
+    """What the router reads, (T, D), from the inputs of `MoE.forward` that a hook is given."""
+    x_TD, y_TD, norm = inputs[:3]
+    return reference.add_layer_norm(x_TD.float(), y_TD, norm.parts)

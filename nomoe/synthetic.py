@@ -33,7 +33,7 @@ from .checkpoint import (
 )
 from .config import NomicMoEConfig
 from .model import NomicMoEModel
-from .moe import MoE, Ops
+from .moe import MoE, router_input
 from .repository import TRAINED_LENGTH, TRAINED_PROMPTS
 
 Size = Literal["tiny", "full"]
@@ -246,8 +246,8 @@ def _calibrate_routers(model: NomicMoEModel, tokenizer: tokenizers.Tokenizer) ->
     rows = [encoding.ids for encoding in tokenizer.encode_batch(texts)]
 
     def calibrate(layer: int) -> Any:
-        def hook(moe: MoE, inputs: tuple[Tensor, Ops]) -> None:
-            x_TD = inputs[0].double()
+        def hook(moe: MoE, inputs: tuple[Any, ...]) -> None:
+            x_TD = router_input(inputs).double()
             mean_D = x_TD.mean(dim=0)
             unit_D = mean_D / mean_D.square().sum()
             weight_ED = moe.router.layer.weight.double()

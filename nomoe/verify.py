@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from itertools import chain, islice, zip_longest
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from safetensors.torch import load_file
@@ -22,7 +22,7 @@ from .checkpoint import CONFIG_FILE
 from .config import NomicMoEConfig
 from .encoder import Encoder
 from .model import NomicMoEModel
-from .moe import BackendName, MoE, Ops
+from .moe import BackendName, MoE, router_input
 from .synthetic import random_model
 
 # absolute, on every hidden state, pooled vector and router weight; a plain float32 implementation
@@ -189,8 +189,9 @@ def router_gaps(model: NomicMoEModel, input_ids: Tensor, attention_mask: Tensor)
     """Probability of the K-th expert less that of the next, (T, MoE layers)."""
     gaps: list[Tensor] = []
 
-    def hook(moe: MoE, inputs: tuple[Tensor, Ops]) -> None:
-        gaps.append(_gap(torch.softmax(inputs[0] @ moe.router.layer.weight.T, dim=-1), moe.top_k))
+    def hook(moe: MoE, inputs: tuple[Any, ...]) -> None:
+        logits_TE = router_input(inputs) @ moe.router.layer.weight.T
+        gaps.append(_gap(torch.softmax(logits_TE, dim=-1), moe.top_k))
 
     handles = [
         module.register_forward_pre_hook(hook)

@@ -29,6 +29,7 @@ from triton.runtime.jit import JITFunction
 
 from nomoe_kernels import configs, fused
 from nomoe_kernels.configs import Device, Plan, Shape, Tile
+from nomoe_kernels.reference import Norm
 
 DEVICES = {
     "cuda:80": Device("A100", (8, 0), 108, 166_912),
@@ -182,20 +183,20 @@ def launch_layers(device: Device, dtype: torch.dtype) -> None:
         fused.run_layer(x, router, w1, w2, bias, K)
         fused.run_layer(x.float(), router, w1, w2, bias, K)
     x, vector = torch.empty(64, D, dtype=dtype), torch.empty(D, dtype=dtype)
-    norm = (x, vector, vector, 1e-5)
-    fused.add_norm_route(x, x, vector, vector, 1e-5, router, K)
+    norm = Norm(vector, vector, 1e-5)
+    fused.add_norm_route(x, x, norm, router, K)
     for parts in (1, 4):
         rows = torch.empty(parts, 64 * K, D, dtype=torch.float32 if parts > 1 else dtype)
-        fused._unpermute(rows, bias, x, K, norm=norm)
+        fused._unpermute(rows, bias, x, K, added=(x, norm))
     positions = torch.zeros(256, dtype=torch.int64)
     for lengths in ([256], [60] * 4, [16] * 16):
         T = sum(lengths)
         packing = fused.pack(lengths, positions[:T], 256, H, 10000.0, dtype)
         qkv = torch.empty(T, 3, D // H, H, dtype=dtype)
         fused.attention(qkv, packing)
-    fused.add_layer_norm(x, x, vector, vector, 1e-5)
+    fused.add_layer_norm(x, x, norm)
     fused.permute(torch.zeros(64, K, dtype=torch.int64), E)
-    fused.embed(torch.zeros(64, dtype=torch.int64), w2[0], vector, vector, vector, 1e-5)
+    fused.embed(torch.zeros(64, dtype=torch.int64), w2[0], vector, norm)
     fused.mean_pool(x, [60, 4])
 
 

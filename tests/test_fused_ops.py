@@ -20,6 +20,7 @@ from triton.runtime.interpreter import interpreter_builder
 
 from nomoe_kernels import configs, fused, products, reference
 from nomoe_kernels.configs import Plan, Tile
+from nomoe_kernels.reference import MoEWeights, Norm
 from nomoe_kernels.tune import Layer
 
 CUDA = torch.cuda.is_available()
@@ -170,6 +171,42 @@ def test_tokens_may_be_float32_and_weights_16_bit() -> None:
     assert (rounded - expected[1]).abs().max() > 1e-5, "the test could not tell"
 
 
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kernel", list(PLANS))
+def test_block(kernel: str, dtype: torch.dtype) -> None:
+    """The layer with both norms, against float64."""
+    layer = make_layer(Case(37), dtype)
+    generator = torch.Generator().manual_seed(11)
+    y_TD, *rows_D = (
+        torch.randn(*shape, generator=generator).to(DEVICE, dtype)
+        for shape in ((37, 96), (96,), (96,), (96,), (96,))
+    )
+    norms = Norm(*rows_D[:2], 1e-5), Norm(*rows_D[2:], 1e-5)
+    weights = MoEWeights(*layer[1:], normalize=True)
+
+    def run(module: Any, *dtypes: torch.dtype, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
+        def cast(parts: tuple[Any, ...]) -> list[Any]:
+            return [one.to(*dtypes) if isinstance(one, Tensor) else one for one in parts]
+
+        x_TD, y_of_attention = cast((layer.x_TD, y_TD))
+        before, after = (Norm(*cast(one)) for one in norms)
+        moe = MoEWeights(*cast(weights))
+        return module.moe_block(x_TD, y_of_attention, before, moe, after, **options)
+
+    out_TD, weights_TK, experts_TK = run(fused, tiles=PLANS[kernel])
+    plain_TD, plain_TK, plain_experts_TK = run(reference)
+    exact_TD = run(reference, torch.float64)[0]
+    assert torch.equal(experts_TK, plain_experts_TK)
+    torch.testing.assert_close(weights_TK, plain_TK, atol=1e-5, rtol=0)
+    assert out_TD.dtype == dtype
+    errors = [(one.double() - exact_TD).square().mean().sqrt() for one in (out_TD, plain_TD)]
+    assert errors[0] <= 1.1 * errors[1] + 1e-6
+    assert run(fused)[0].shape == (37, 96)
+    with pytest.raises(ValueError, match=r"y_TD is \(36, 96\)"):
+        fused.moe_block(layer.x_TD, y_TD[1:], norms[0], weights, norms[1])
+
+
 @pytest.mark.parametrize("kernel", list(PLANS))
 def test_normalised_weights(kernel: str) -> None:
     layer = make_layer(Case(9), torch.float32)
@@ -178,7 +215,7 @@ def test_normalised_weights(kernel: str) -> None:
     torch.testing.assert_close(weights_TK.sum(1), torch.ones(9, device=DEVICE))
     torch.testing.assert_close(out_TD, expected[0], atol=1e-5, rtol=0)
     ones_D = layer.bias_D.new_ones(96)
-    arguments = (layer.x_TD, layer.x_TD, ones_D, ones_D, 1e-5, layer.router_ED, 2)
+    arguments = (layer.x_TD, layer.x_TD, Norm(ones_D, ones_D, 1e-5), layer.router_ED, 2)
     weights_TK = fused.add_norm_route(*arguments, normalize=True)[1]
     torch.testing.assert_close(weights_TK.sum(1), torch.ones(9, device=DEVICE))
 
@@ -324,29 +361,20 @@ def test_norms_and_sums(tokens: int, width: int, dtype: torch.dtype) -> None:
         normal(width),
         normal(width),
     )
-    close = {"atol": 1e-4, "rtol": 0}
-    exact = reference.add_layer_norm(x_TD.double(), y_TD.double(), weight_D, bias_D, 1e-5)
-    assert fused.add_layer_norm(x_TD, y_TD, weight_D, bias_D, 1e-5).dtype == torch.float32
-    torch.testing.assert_close(
-        fused.add_layer_norm(x_TD, y_TD, weight_D, bias_D, 1e-5), exact.float(), **close
-    )
-    one_row = fused.add_layer_norm(x_TD, y_TD.new_ones(width), weight_D, bias_D, 1e-5)
-    torch.testing.assert_close(
-        one_row,
-        reference.add_layer_norm(x_TD, y_TD.new_ones(width), weight_D, bias_D, 1e-5),
-        **close,
-    )
+    norm = Norm(weight_D, bias_D, 1e-5)
+    ulps = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 4e-2}[dtype]
+    close = {"atol": ulps, "rtol": 0}
+    for added in (y_TD, y_TD.new_ones(width)):
+        normed_TD = fused.add_layer_norm(x_TD, added, norm)
+        torch.testing.assert_close(normed_TD, reference.add_layer_norm(x_TD, added, norm), **close)
 
     router_ED = normal(8, width) / math.sqrt(width)
-    normed_TD, weights_TK, experts_TK = fused.add_norm_route(
-        x_TD, y_TD, weight_D, bias_D, 1e-5, router_ED, 2
-    )
-    expected = reference.add_norm_route(x_TD, y_TD, weight_D, bias_D, 1e-5, router_ED, 2)
+    normed_TD, weights_TK, experts_TK = fused.add_norm_route(x_TD, y_TD, norm, router_ED, 2)
+    expected = reference.add_norm_route(x_TD, y_TD, norm, router_ED, 2)
     assert torch.equal(experts_TK, expected[2])
     torch.testing.assert_close(weights_TK, expected[1], atol=1e-5, rtol=0)
     assert normed_TD.dtype == dtype
-    ulps = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 4e-2}[dtype]
-    torch.testing.assert_close(normed_TD, expected[0], atol=ulps, rtol=0)
+    torch.testing.assert_close(normed_TD, expected[0], **close)
 
     rows_RD = normal(tokens * 3, width)
     order_R = torch.randperm(tokens * 3, generator=generator).to(DEVICE)
@@ -354,11 +382,10 @@ def test_norms_and_sums(tokens: int, width: int, dtype: torch.dtype) -> None:
         total_TD = fused.unpermute(rows_RD, order, bias_D, 3)
         expected_TD = reference.unpermute(rows_RD.double(), order, bias_D.double(), 3)
         torch.testing.assert_close(total_TD, expected_TD, atol=2e-6, rtol=1e-6)
-        norm = (x_TD, weight_D, bias_D, 1e-5)
-        normed = fused.unpermute_add_norm(rows_RD, order, bias_D, 3, *norm)
-        exact = reference.unpermute_add_norm(rows_RD, order, bias_D, 3, *norm)
+        normed = fused.unpermute_add_norm(rows_RD, order, bias_D, 3, x_TD, norm)
+        exact = reference.unpermute_add_norm(rows_RD, order, bias_D, 3, x_TD, norm)
         assert normed.dtype == dtype
-        torch.testing.assert_close(normed, exact, atol=ulps, rtol=0)
+        torch.testing.assert_close(normed, exact, **close)
 
 
 def test_norms_of_rows_that_hardly_vary() -> None:
@@ -366,11 +393,11 @@ def test_norms_of_rows_that_hardly_vary() -> None:
     generator = torch.Generator().manual_seed(9)
     x_TD = (1e-3 * torch.randn(4, 96, generator=generator)).to(DEVICE)
     zeros, ones = torch.zeros_like(x_TD), torch.ones(96, device=DEVICE)
-    norm = (ones, zeros[0], 1e-5)
+    norm = Norm(ones, zeros[0], 1e-5)
     exact = torch.nn.functional.layer_norm(x_TD.double(), (96,), eps=1e-5).float()
     assert exact.abs().max() < 1.5, "without eps it would be 3"
-    torch.testing.assert_close(fused.add_layer_norm(x_TD, zeros, *norm), exact, atol=1e-5, rtol=0)
-    normed = fused.unpermute_add_norm(x_TD, None, zeros[0], 1, zeros, *norm)
+    torch.testing.assert_close(fused.add_layer_norm(x_TD, zeros, norm), exact, atol=1e-5, rtol=0)
+    normed = fused.unpermute_add_norm(x_TD, None, zeros[0], 1, zeros, norm)
     torch.testing.assert_close(normed, exact, atol=1e-5, rtol=0)
 
 
@@ -380,8 +407,8 @@ def test_the_sum_meets_the_residual_unrounded() -> None:
         torch.randn(*shape, generator=generator).half().to(DEVICE)
         for shape in ((128, 96), (64, 96), (96,))
     )
-    ones, zeros = torch.ones_like(bias_D), torch.zeros_like(bias_D)
-    out_TD = fused.unpermute_add_norm(rows_RD, None, bias_D, 2, residual_TD, ones, zeros, 1e-5)
+    norm = Norm(torch.ones_like(bias_D), torch.zeros_like(bias_D), 1e-5)
+    out_TD = fused.unpermute_add_norm(rows_RD, None, bias_D, 2, residual_TD, norm)
     total = rows_RD.double().unflatten(0, (-1, 2)).sum(1) + bias_D.double() + residual_TD.double()
     exact = torch.nn.functional.layer_norm(total, (96,), eps=1e-5)
     rms, rounded = ((one - exact).square().mean().sqrt() for one in (out_TD, exact.half()))
@@ -447,7 +474,7 @@ def test_embed_and_pool(dtype: torch.dtype) -> None:
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator).to(DEVICE, dtype)
 
-    words_VD, vectors = normal(50, 96), (normal(96), normal(96), normal(96), 1e-5)
+    words_VD, vectors = normal(50, 96), (normal(96), Norm(normal(96), normal(96), 1e-5))
     ids_T = torch.tensor([49, 0, 7, 7, 13], device=DEVICE)
     hidden_TD = fused.embed(ids_T, words_VD, *vectors)
     ulps = {torch.float32: 2e-6, torch.float16: 4e-3, torch.bfloat16: 4e-2}[dtype]
@@ -593,7 +620,7 @@ def test_bad_packed_input_is_refused() -> None:
             fused.attention(torch.zeros(wrong, device=DEVICE), packing)
     words_VD, row = torch.zeros(9, 16, device=DEVICE), torch.zeros(16, device=DEVICE)
     with pytest.raises(ValueError, match=r"ids_T is \(4,\) of torch.int32"):
-        fused.embed(positions_T.int(), words_VD, row, row, row, 1e-5)
+        fused.embed(positions_T.int(), words_VD, row, Norm(row, row, 1e-5))
     with pytest.raises(ValueError, match="hidden_TD is"):
         fused.mean_pool(words_VD, [4, 4])
 

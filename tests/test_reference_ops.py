@@ -135,9 +135,10 @@ def test_add_layer_norm(dtype: torch.dtype) -> None:
     deviation = total - total.mean(-1, keepdim=True)
     normed = deviation / torch.sqrt((deviation**2).mean(-1, keepdim=True) + 1e-5)
     expected = normed * weight_D.double() + bias_D.double()
-    result = reference.add_layer_norm(x_TD, y_TD, weight_D, bias_D, 1e-5)
-    assert result.dtype == torch.float32
-    torch.testing.assert_close(result.double(), expected, atol=1e-4, rtol=0)
+    result = reference.add_layer_norm(x_TD, y_TD, reference.Norm(weight_D, bias_D, 1e-5))
+    assert result.dtype == dtype
+    ulp = torch.finfo(dtype).eps * expected.abs().max().item()
+    torch.testing.assert_close(result.double(), expected, atol=max(1e-4, ulp / 2), rtol=0)
 
 
 def test_mean_pool_is_in_float32_and_per_text() -> None:

@@ -58,14 +58,17 @@ def renormalised_weights(encoder: NomicMoEModel, patch: pytest.MonkeyPatch) -> N
 
 
 def bias_inside_the_expert_loop(encoder: NomicMoEModel, patch: pytest.MonkeyPatch) -> None:
-    original = MoE.forward
+    block, mlp = reference.moe_block, reference.expert_mlp
 
-    def forward(self: MoE, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-        out_TD, weights_TK, experts_TK = original(self, *inputs)
-        scale_T1 = weights_TK.sum(dim=-1, keepdim=True)
-        return out_TD + (scale_T1 - 1) * self.experts.bias, weights_TK, experts_TK
+    def moe_block(x_TD: Tensor, y_TD: Tensor, norm: Any, moe: Any, next_norm: Any) -> Any:
+        def expert_mlp(*inputs: Tensor) -> Tensor:
+            return mlp(*inputs) + inputs[-1][:, None] * moe.bias_D
 
-    patch.setattr(MoE, "forward", forward)
+        patch.setattr(reference, "expert_mlp", expert_mlp)
+        unbiased = moe._replace(bias_D=torch.zeros_like(moe.bias_D))
+        return block(x_TD, y_TD, norm, unbiased, next_norm)
+
+    patch.setattr(reference, "moe_block", moe_block)
 
 
 def no_bias(encoder: NomicMoEModel, patch: pytest.MonkeyPatch) -> None:
@@ -248,14 +251,14 @@ def test_not_a_number_is_a_miss(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [check.name for check in misses] == ["golden tiny ragged: hidden states"]
     assert misses[0].measured == "nan"
 
-    add_layer_norm = reference.add_layer_norm
+    add_layer_norm = reference._add_layer_norm
 
     def spoil(*inputs: Any) -> Tensor:
         out_TD = add_layer_norm(*inputs)
         out_TD[-1, -1] = torch.nan
         return out_TD
 
-    monkeypatch.setattr(reference, "add_layer_norm", spoil)
+    monkeypatch.setattr(reference, "_add_layer_norm", spoil)
     names = {check.name.partition(": ")[2] for check in missed(compare(tiny(), "tiny"))}
     assert {"hidden states", "pooled", "router weights"} <= names
 

@@ -23,9 +23,9 @@ import torch
 import triton
 from torch import Tensor
 
-from . import packed, products, routing
+from . import packed, products, reference, routing
 from .configs import Device, Plan, Shape, Tile, device_of, largest, plan, supports
-from .reference import rotary_angles
+from .reference import MoEWeights, Norm, rotary_angles
 
 MAX_EXPERTS = 64
 MAX_TOP_K = 8
@@ -54,9 +54,7 @@ def route(
 def add_norm_route(
     x_TD: Tensor,
     y_TD: Tensor,
-    norm_weight_D: Tensor,
-    norm_bias_D: Tensor,
-    eps: float,
+    norm: Norm,
     router_weight_ED: Tensor,
     top_k: int,
     *,
@@ -70,17 +68,15 @@ def add_norm_route(
     _check("x_TD", x_TD, (None, None))
     T, D = x_TD.shape
     _check("y_TD", y_TD, (T, D), like=x_TD)
-    _check("norm_weight_D", norm_weight_D, (D,), like=x_TD)
-    _check("norm_bias_D", norm_bias_D, (D,), like=x_TD)
+    _check_norm("norm", norm, x_TD)
     _check_router(router_weight_ED, x_TD, top_k)
     weights_TK, experts_TK = _empty_routing(x_TD, top_k)
     normed_TD = torch.empty_like(x_TD)
-    norm = (y_TD, norm_weight_D, norm_bias_D, eps)
     _route(
         x_TD, router_weight_ED, weights_TK, experts_TK,
-        normalize=normalize, rounded_TD=normed_TD, norm=norm,
+        normalize=normalize, rounded_TD=normed_TD, added=(y_TD, norm),
     )  # fmt: skip
-    inputs = (x_TD, y_TD, norm_weight_D, norm_bias_D)
+    inputs = (x_TD, y_TD, norm.weight_D, norm.bias_D)
     weights_TK = _made_from(weights_TK, *inputs, router_weight_ED)
     return _made_from(normed_TD, *inputs), weights_TK, experts_TK
 
@@ -189,9 +185,7 @@ def unpermute_add_norm(
     bias_D: Tensor,
     top_k: int,
     residual_TD: Tensor,
-    norm_weight_D: Tensor,
-    norm_bias_D: Tensor,
-    eps: float,
+    norm: Norm,
 ) -> Tensor:
     """As `reference.unpermute_add_norm`: `unpermute`, residual sum and LayerNorm in one kernel.
 
@@ -202,17 +196,13 @@ def unpermute_add_norm(
     R, D = rows_RD.shape
     _check("bias_D", bias_D, (D,), like=rows_RD)
     _check("residual_TD", residual_TD, (R // top_k, D), like=rows_RD)
-    _check("norm_weight_D", norm_weight_D, (D,), like=rows_RD)
-    _check("norm_bias_D", norm_bias_D, (D,), like=rows_RD)
+    _check_norm("norm", norm, residual_TD)
     out_TD = torch.empty_like(residual_TD)
-    norm = (residual_TD, norm_weight_D, norm_bias_D, eps)
-    _unpermute(rows_RD[None], bias_D, out_TD, top_k, norm=norm)
-    return _made_from(out_TD, rows_RD, bias_D, residual_TD, norm_weight_D, norm_bias_D)
+    _unpermute(rows_RD[None], bias_D, out_TD, top_k, added=(residual_TD, norm))
+    return _made_from(out_TD, rows_RD, bias_D, residual_TD, norm.weight_D, norm.bias_D)
 
 
-def add_layer_norm(
-    x_TD: Tensor, y_TD: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float
-) -> Tensor:
+def add_layer_norm(x_TD: Tensor, y_TD: Tensor, norm: Norm) -> Tensor:
     """As `reference.add_layer_norm`; y may be one row (D,) for all tokens.
 
     Raises:
@@ -221,16 +211,20 @@ def add_layer_norm(
     _check("x_TD", x_TD, (None, None))
     T, D = x_TD.shape
     _check("y_TD", y_TD, (D,) if y_TD.dim() == 1 else (T, D), like=x_TD)
-    _check("weight_D", weight_D, (D,), like=x_TD)
-    _check("bias_D", bias_D, (D,), like=x_TD)
-    out_TD = torch.empty(T, D, dtype=torch.float32, device=x_TD.device)
+    _check_norm("norm", norm, x_TD)
+    out_TD = torch.empty_like(x_TD)
     if T:
         with _on(x_TD):
             routing.add_layer_norm_kernel[(triton.cdiv(T, 4),)](
-                x_TD, y_TD, weight_D, bias_D, out_TD, T, eps,
+                x_TD, y_TD, norm.weight_D, norm.bias_D, out_TD, T, norm.eps,
                 D=D, Y_STRIDE=0 if y_TD.dim() == 1 else D, BLOCK_T=4, PIECE=_piece(x_TD),
             )  # fmt: skip
-    return _made_from(out_TD, x_TD, y_TD, weight_D, bias_D)
+    return _made_from(out_TD, x_TD, y_TD, norm.weight_D, norm.bias_D)
+
+
+def linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor, *, gelu: bool = False) -> Tensor:
+    """As `reference.linear`; the product is torch's."""
+    return reference.linear(x_TI, weight_OI, bias_O, gelu=gelu)
 
 
 class Packing(NamedTuple):
@@ -293,14 +287,7 @@ def attention(qkv_T3NH: Tensor, packing: Packing) -> Tensor:
     return _made_from(out_TNH.flatten(1), qkv_T3NH)
 
 
-def embed(
-    ids_T: Tensor,
-    words_VD: Tensor,
-    type_D: Tensor,
-    norm_weight_D: Tensor,
-    norm_bias_D: Tensor,
-    eps: float,
-) -> Tensor:
+def embed(ids_T: Tensor, words_VD: Tensor, type_D: Tensor, norm: Norm) -> Tensor:
     """As `reference.embed`; ids are not checked against V.
 
     Raises:
@@ -310,16 +297,15 @@ def embed(
     D = words_VD.shape[1]
     _check_integers("ids_T", ids_T, len(ids_T), torch.int64, words_VD)
     _check("type_D", type_D, (D,), like=words_VD)
-    _check("norm_weight_D", norm_weight_D, (D,), like=words_VD)
-    _check("norm_bias_D", norm_bias_D, (D,), like=words_VD)
+    _check_norm("norm", norm, words_VD)
     out_TD = words_VD.new_empty(len(ids_T), D)
     if len(ids_T):
         with _on(words_VD):
             packed.embed_kernel[(triton.cdiv(len(ids_T), 4),)](
-                ids_T, words_VD, type_D, norm_weight_D, norm_bias_D, out_TD, len(ids_T), eps,
+                ids_T, words_VD, type_D, norm.weight_D, norm.bias_D, out_TD, len(ids_T), norm.eps,
                 D=D, BLOCK_T=4, PIECE=_piece(words_VD),
             )  # fmt: skip
-    return _made_from(out_TD, words_VD, type_D, norm_weight_D, norm_bias_D)
+    return _made_from(out_TD, words_VD, type_D, norm.weight_D, norm.bias_D)
 
 
 def mean_pool(hidden_TD: Tensor, lengths: Sequence[int]) -> Tensor:
@@ -469,55 +455,105 @@ def run_layer(
     tiles: Plan | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What `moe_layer` runs, without its checks; `tiles` replaces the configured plan."""
-    (T, D), (E, _, F), K = x_TD.shape, w1_EDF.shape, top_k
+    moe = MoEWeights(router_weight_ED, w1_EDF, w2_EFD, bias_D, top_k, normalize)
+    rounded_TD = None if x_TD.dtype == w1_EDF.dtype else torch.empty_like(x_TD, dtype=w1_EDF.dtype)
+    return _run(x_TD, moe, rounded_TD, tiles=tiles)
+
+
+def moe_block(
+    x_TD: Tensor,
+    y_TD: Tensor,
+    norm: Norm,
+    moe: MoEWeights,
+    next_norm: Norm,
+    *,
+    tiles: Plan | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `reference.moe_block`: both norms are part of the kernels beside them.
+
+    Args:
+        x_TD: As the reference, in the dtype of the weights.
+        y_TD: As the reference.
+        norm: As the reference.
+        moe: As the reference.
+        next_norm: As the reference.
+        tiles: How to cut the products, instead of the configured plan.
+
+    Raises:
+        ValueError: Shapes, dtypes, devices or strides that no kernel takes.
+    """
+    check_layer(x_TD, *moe[:5])
+    if x_TD.dtype != moe.w1_EDF.dtype:
+        raise ValueError(f"x_TD is {x_TD.dtype}, the weights {moe.w1_EDF.dtype}")
+    _check("y_TD", y_TD, x_TD.shape, like=x_TD)
+    _check_norm("norm", norm, x_TD)
+    _check_norm("next_norm", next_norm, x_TD)
+    out_TD, weights_TK, experts_TK = _run(
+        x_TD, moe, torch.empty_like(x_TD), before=(y_TD, norm), after=next_norm, tiles=tiles
+    )
+    inputs = (x_TD, y_TD, *norm[:2], *moe[:4], *next_norm[:2])
+    return _made_from(out_TD, *inputs), _made_from(weights_TK, *inputs), experts_TK
+
+
+def _run(
+    x_TD: Tensor,
+    moe: MoEWeights,
+    rounded_TD: Tensor | None,
+    *,
+    before: tuple[Tensor, Norm] | None = None,
+    after: Norm | None = None,
+    tiles: Plan | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A layer's kernels, between the norms given.
+
+    `rounded_TD` takes what the experts read; None where that is x as it is.
+    """
+    w1_EDF, w2_EFD, K = moe.w1_EDF, moe.w2_EFD, moe.top_k
+    (T, D), (E, _, F) = x_TD.shape, w1_EDF.shape
     R = T * K
     if tiles and (tiles.up.splits > 1 or len({tile.kernel == "small" for tile in tiles}) > 1):
         raise ValueError(
             f"{tiles} mixes the small kernel with another, or splits the first product"
         )
     weights_TK, experts_TK = _empty_routing(x_TD, K)
-    out_TD = torch.empty(T, D, dtype=torch.float32, device=x_TD.device)
+    rows_TD = x_TD if rounded_TD is None else rounded_TD
+    # the residual sum rounds once: where no norm follows, that is for the caller to do
+    out_TD = torch.empty_like(x_TD, dtype=rows_TD.dtype if after else torch.float32)
     if T == 0:
         return out_TD, weights_TK, experts_TK
     if tiles is None:
         tiles = plan(_device(x_TD.device), Shape(E, D, F, w1_EDF.itemsize, R))
-    rounded_TD = None if x_TD.dtype == w1_EDF.dtype else torch.empty_like(x_TD, dtype=w1_EDF.dtype)
+    is_small = tiles.up.kernel == "small"
     row_weights_R = weights_TK.flatten()
-    rows_TD = x_TD if rounded_TD is None else rounded_TD
     h_RF = rows_TD.new_empty(R, F)
-
-    if tiles.up.kernel == "small":
-        # rows stay in token order throughout
-        _route(
-            x_TD, router_weight_ED, weights_TK, experts_TK,
-            normalize=normalize, rounded_TD=rounded_TD,
-        )  # fmt: skip
-        parts_SRD = torch.empty(tiles.down.splits, R, D, dtype=torch.float32, device=x_TD.device)
-        _small_gemm(rows_TD, w1_EDF, experts_TK, h_RF[None], tiles.up, gelu=True, divisor=K)
-        _small_gemm(h_RF, w2_EFD, experts_TK, parts_SRD, tiles.down, row_weights_R=row_weights_R)
-        _unpermute(parts_SRD, bias_D, out_TD, K)
-        return out_TD, weights_TK, experts_TK
-
     counts_PE, chunk = _route(
-        x_TD, router_weight_ED, weights_TK, experts_TK,
-        normalize=normalize, rounded_TD=rounded_TD, counts=True,
+        x_TD, moe.router_ED, weights_TK, experts_TK,
+        normalize=moe.normalize, rounded_TD=rounded_TD, added=before, counts=not is_small,
     )  # fmt: skip
-    assert counts_PE is not None
-    # the tensor memory accelerator of Hopper cannot gather rows
-    is_sorted = tiles.up.kernel != "pointer"
-    order_R, ends_E, sorted_RD = _permute(
-        experts_TK, counts_PE, chunk * K, rows_TD if is_sorted else None
-    )
-    _grouped_gemm(
-        rows_TD if sorted_RD is None else sorted_RD, w1_EDF, ends_E, h_RF, tiles.up,
-        gelu=True, gather_R=order_R if sorted_RD is None else None, divisor=K,
-    )  # fmt: skip
-    y_RD = rows_TD.new_empty(R, D)
-    # each row goes back beside its token's others, so that the sum reads straight through
-    _grouped_gemm(
-        h_RF, w2_EFD, ends_E, y_RD, tiles.down, row_weights_R=row_weights_R, scatter_R=order_R
-    )
-    _unpermute(y_RD[None], bias_D, out_TD, K)
+
+    if is_small:
+        # rows stay in token order throughout
+        y_SRD = torch.empty(tiles.down.splits, R, D, dtype=torch.float32, device=x_TD.device)
+        _small_gemm(rows_TD, w1_EDF, experts_TK, h_RF[None], tiles.up, gelu=True, divisor=K)
+        _small_gemm(h_RF, w2_EFD, experts_TK, y_SRD, tiles.down, row_weights_R=row_weights_R)
+    else:
+        assert counts_PE is not None
+        # the tensor memory accelerator of Hopper cannot gather rows
+        is_sorted = tiles.up.kernel != "pointer"
+        order_R, ends_E, sorted_RD = _permute(
+            experts_TK, counts_PE, chunk * K, rows_TD if is_sorted else None
+        )
+        _grouped_gemm(
+            rows_TD if sorted_RD is None else sorted_RD, w1_EDF, ends_E, h_RF, tiles.up,
+            gelu=True, gather_R=order_R if sorted_RD is None else None, divisor=K,
+        )  # fmt: skip
+        y_SRD = rows_TD.new_empty(1, R, D)
+        # each row goes back beside its token's others, so that the sum reads straight through
+        _grouped_gemm(
+            h_RF, w2_EFD, ends_E, y_SRD[0], tiles.down,
+            row_weights_R=row_weights_R, scatter_R=order_R,
+        )  # fmt: skip
+    _unpermute(y_SRD, moe.bias_D, out_TD, K, added=(rows_TD, after) if after else None)
     return out_TD, weights_TK, experts_TK
 
 
@@ -529,7 +565,7 @@ def _route(
     *,
     normalize: bool,
     rounded_TD: Tensor | None = None,
-    norm: tuple[Tensor, Tensor, Tensor, float] | None = None,
+    added: tuple[Tensor, Norm] | None = None,
     counts: bool = False,
 ) -> tuple[Tensor | None, int]:
     """Fill the weights and experts; the counts of each program if asked, and its tokens."""
@@ -543,11 +579,11 @@ def _route(
         counts_PE = experts_TK.new_empty(programs, E, dtype=torch.int32)
     else:
         programs, chunk, block_t, warps, counts_PE = triton.cdiv(T, 4), 4, 4, 4, None
-    y_TD, norm_weight_D, norm_bias_D, eps = norm or (None, None, None, 0.0)
+    y_TD, norm = added or (None, _NO_NORM)
     with _on(x_TD):
         routing.route_kernel[(programs,)](
-            x_TD, y_TD, norm_weight_D, norm_bias_D, router_weight_ED, rounded_TD,
-            weights_TK, experts_TK, counts_PE, T, chunk, eps,
+            x_TD, y_TD, norm.weight_D, norm.bias_D, router_weight_ED, rounded_TD,
+            weights_TK, experts_TK, counts_PE, T, chunk, norm.eps,
             D=D, E=E, K=K, NORMALIZE=normalize, BLOCK_T=block_t, PIECE=_piece(x_TD),
             BLOCK_E=_power_of_two(E), BLOCK_K=_power_of_two(K), num_warps=warps,
         )  # fmt: skip
@@ -651,15 +687,15 @@ def _unpermute(
     bias_D: Tensor,
     out_TD: Tensor,
     top_k: int,
-    norm: tuple[Tensor, Tensor, Tensor, float] | None = None,
+    added: tuple[Tensor, Norm] | None = None,
 ) -> None:
     T, D = out_TD.shape
     if T == 0:
         return
-    residual_TD, norm_weight_D, norm_bias_D, eps = norm or (None, None, None, 0.0)
+    residual_TD, norm = added or (None, _NO_NORM)
     with _on(out_TD):
         routing.unpermute_kernel[(triton.cdiv(T, 4),)](
-            rows_SRD, bias_D, residual_TD, norm_weight_D, norm_bias_D, out_TD, T, eps,
+            rows_SRD, bias_D, residual_TD, norm.weight_D, norm.bias_D, out_TD, T, norm.eps,
             D=D, K=top_k, PARTS=len(rows_SRD), BLOCK_T=4, PIECE=_piece(rows_SRD),
         )  # fmt: skip
 
@@ -674,6 +710,10 @@ def _in_token_order(rows_RD: Tensor, order_R: Tensor | None, top_k: int) -> Tens
     position_R = torch.empty_like(order_R)
     position_R[order_R] = torch.arange(len(order_R), device=order_R.device)
     return rows_RD[position_R]
+
+
+# what a kernel is given where it adds and normalises nothing
+_NO_NORM: Any = Norm(None, None, 0.0)  # type: ignore[arg-type]
 
 
 def _empty_routing(x_TD: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
@@ -766,6 +806,11 @@ def _check(
         raise ValueError(f"{name} has strides {tensor.stride()}, expected a contiguous tensor")
     if tuple(shape) == (None, None) and (tensor.shape[1] % 16 or not tensor.shape[1]):
         raise ValueError(f"{name} is {tensor.shape[1]} wide, expected a multiple of 16")
+
+
+def _check_norm(name: str, norm: Norm, like: Tensor) -> None:
+    for part in ("weight_D", "bias_D"):
+        _check(f"{name}.{part}", getattr(norm, part), like.shape[-1:], like=like)
 
 
 def _check_counts(experts: int, top_k: int) -> None:

@@ -10,7 +10,8 @@ Everything here is differentiable, runs on any device and in any floating dtype.
     )
     out_TD = unpermute(y_RD, None, bias_D, top_k)
 
-`moe_layer` is those lines with both products of an expert in one go (`expert_mlp`).
+`moe_layer` is those lines with both products of an expert in one go (`expert_mlp`), `moe_block`
+the same between the norm before it and the norm after it.
 """
 
 from __future__ import annotations
@@ -22,6 +23,31 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+
+class Norm(NamedTuple):
+    """A LayerNorm."""
+
+    weight_D: Tensor
+    bias_D: Tensor
+    eps: float
+
+
+class MoEWeights(NamedTuple):
+    """What a MoE layer holds; the types of a module's own `MoEWeights` may differ."""
+
+    # (E, D), without a bias
+    router_ED: Tensor
+    # first matrix of each expert, (E, D, F)
+    w1_EDF: Tensor
+    # second matrix of each expert, (E, F, D)
+    w2_EFD: Tensor
+    # shared by all experts, (D,)
+    bias_D: Tensor
+    # experts per token, K
+    top_k: int
+    # divide each token's K weights by their sum
+    normalize: bool = False
 
 
 def route(
@@ -184,21 +210,19 @@ def moe_layer(
 def add_norm_route(
     x_TD: Tensor,
     y_TD: Tensor,
-    norm_weight_D: Tensor,
-    norm_bias_D: Tensor,
-    eps: float,
+    norm: Norm,
     router_weight_ED: Tensor,
     top_k: int,
     *,
     normalize: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`add_layer_norm`, then `route` on its unrounded result.
+    """LayerNorm(x + y), and `route` on that before it is rounded.
 
     Returns:
         normed_TD: LayerNorm(x + y), in the dtype of x.
         weights_TK, experts_TK: As `route` returns them.
     """
-    normed_TD = add_layer_norm(x_TD, y_TD, norm_weight_D, norm_bias_D, eps)
+    normed_TD = _add_layer_norm(x_TD, y_TD, norm)
     weights_TK, experts_TK = route(normed_TD, router_weight_ED, top_k, normalize=normalize)
     return normed_TD.to(x_TD.dtype), weights_TK, experts_TK
 
@@ -209,22 +233,54 @@ def unpermute_add_norm(
     bias_D: Tensor,
     top_k: int,
     residual_TD: Tensor,
-    norm_weight_D: Tensor,
-    norm_bias_D: Tensor,
-    eps: float,
+    norm: Norm,
 ) -> Tensor:
     """`unpermute`, then LayerNorm of its sum with the residual, (T, D) in the residual's dtype."""
-    sum_TD = unpermute(rows_RD, order_R, bias_D, top_k)
-    normed_TD = add_layer_norm(residual_TD, sum_TD, norm_weight_D, norm_bias_D, eps)
-    return normed_TD.to(residual_TD.dtype)
+    return add_layer_norm(residual_TD, unpermute(rows_RD, order_R, bias_D, top_k), norm)
 
 
-def add_layer_norm(
-    x_TD: Tensor, y_TD: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float
-) -> Tensor:
-    """LayerNorm(x + y), (T, D), computed and returned in float32: the router wants it unrounded."""
+def moe_block(
+    x_TD: Tensor, y_TD: Tensor, norm: Norm, moe: MoEWeights, next_norm: Norm
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A MoE layer between its norms: z = norm(x + y), next_norm(z + moe(z)).
+
+    Args:
+        x_TD: The layer's input, (T, D).
+        y_TD: What attention made of it, (T, D).
+        norm: The norm before the experts. The router reads its result unrounded.
+        moe: The layer's weights.
+        next_norm: The norm after them.
+
+    Returns:
+        out_TD: In the dtype of x.
+        weights_TK, experts_TK: As `route` returns them.
+    """
+    z_TD, weights_TK, experts_TK = add_norm_route(
+        x_TD, y_TD, norm, moe.router_ED, moe.top_k, normalize=moe.normalize
+    )
+    order_R, ends_E = permute(experts_TK, len(moe.w1_EDF))
+    y_RD = expert_mlp(
+        z_TD[order_R // moe.top_k], moe.w1_EDF, moe.w2_EFD, ends_E, weights_TK.flatten()[order_R]
+    )
+    out_TD = unpermute_add_norm(y_RD, order_R, moe.bias_D, moe.top_k, z_TD, next_norm)
+    return out_TD, weights_TK, experts_TK
+
+
+def add_layer_norm(x_TD: Tensor, y_TD: Tensor, norm: Norm) -> Tensor:
+    """LayerNorm(x + y), computed in float32, (T, D) in the dtype of x."""
+    return _add_layer_norm(x_TD, y_TD, norm).to(x_TD.dtype)
+
+
+def _add_layer_norm(x_TD: Tensor, y_TD: Tensor, norm: Norm) -> Tensor:
     sum_TD = x_TD.float() + y_TD.float()
-    return F.layer_norm(sum_TD, weight_D.shape, weight_D.float(), bias_D.float(), eps)
+    weight_D, bias_D = norm.weight_D.float(), norm.bias_D.float()
+    return F.layer_norm(sum_TD, weight_D.shape, weight_D, bias_D, norm.eps)
+
+
+def linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor, *, gelu: bool = False) -> Tensor:
+    """Return x @ weight.T + bias, (T, O), with the exact (erf) GELU where asked."""
+    out_TO = F.linear(x_TI, weight_OI, bias_O)
+    return F.gelu(out_TO) if gelu else out_TO
 
 
 class Packing(NamedTuple):
@@ -309,17 +365,9 @@ def attention(qkv_T3NH: Tensor, packing: Packing) -> Tensor:
     return torch.cat(parts) if parts else v_TNH.flatten(1)
 
 
-def embed(
-    ids_T: Tensor,
-    words_VD: Tensor,
-    type_D: Tensor,
-    norm_weight_D: Tensor,
-    norm_bias_D: Tensor,
-    eps: float,
-) -> Tensor:
+def embed(ids_T: Tensor, words_VD: Tensor, type_D: Tensor, norm: Norm) -> Tensor:
     """LayerNorm(words[id] + type), (T, D), computed in float32, in the dtype of the words."""
-    words_TD = F.embedding(ids_T, words_VD)
-    return add_layer_norm(words_TD, type_D, norm_weight_D, norm_bias_D, eps).to(words_VD.dtype)
+    return add_layer_norm(F.embedding(ids_T, words_VD), type_D, norm)
 
 
 def mean_pool(hidden_TD: Tensor, lengths: Sequence[int]) -> Tensor:
