@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .checkpoint import CONFIG_FILE, DEFAULT_REPO, load_tensors, locate
 from .config import NomicMoEConfig
-from .moe import BackendName, LayerNorm, MoE, Ops, select_backend
+from .moe import BackendName, LayerNorm, MoE, Ops, TableOps, select_backend
 
 logger = logging.getLogger(__name__)
 
@@ -394,6 +394,28 @@ class NomicMoEModel(nn.Module):
             output_routing=output_routing,
         )
 
+    def forward_tables(self, ops: TableOps, *, output_routing: bool = False) -> NomicMoEOutput:
+        """Encode the batch that a kernel module is bound to; see `nomoe.engine`.
+
+        Nothing is checked, and nothing but the layout's sizes decides what is launched.
+
+        Args:
+            ops: Kernels and tables.
+            output_routing: As `forward`.
+
+        Returns:
+            Hidden states (T, D); rows of padding hold anything.
+        """
+        return self._encode(
+            ops.tables.ids_T,
+            [],
+            ops.tables.positions_T,
+            span=self.config.n_positions,
+            output_hidden_states=False,
+            output_routing=output_routing,
+            ops=ops,
+        )
+
     def _check_lengths(self, lengths: list[int]) -> None:
         longest = max(lengths, default=0)
         if longest > self.config.n_positions:
@@ -419,8 +441,9 @@ class NomicMoEModel(nn.Module):
         span: int,
         output_hidden_states: bool,
         output_routing: bool,
+        ops: Ops | None = None,
     ) -> NomicMoEOutput:
-        ops = self.backend.ops
+        ops = self.backend.ops if ops is None else ops
         packing = ops.pack(
             lengths,
             positions_T,

@@ -10,6 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from nomoe_kernels import reference
+from nomoe_kernels.layout import Layout as Layout
+from nomoe_kernels.layout import Tables
+from nomoe_kernels.layout import query_block as query_block
 from nomoe_kernels.reference import MoEWeights, Norm
 
 from .config import NomicMoEConfig
@@ -48,6 +51,12 @@ class Ops(Protocol):
     def mean_pool(self, hidden_TD: Tensor, lengths: Sequence[int]) -> Tensor: ...
 
 
+class TableOps(Ops, Protocol):
+    """Kernels bound to one batch, whose tables are on the device; they look at no lengths."""
+
+    tables: Tables
+
+
 class Backend(NamedTuple):
     """The kernels a model runs on and why they were chosen."""
 
@@ -62,6 +71,17 @@ class Backend(NamedTuple):
 
             return fused
         return reference
+
+    @property
+    def takes_tables(self) -> bool:
+        """Whether the kernels can read a batch's tables from the device; see `table_ops`."""
+        return self.name == "triton"
+
+    def table_ops(self, layout: Layout, numbers: Tensor, *, padded: bool) -> TableOps:
+        """The kernels bound to a batch's tables; see `nomoe_kernels.tables`."""
+        from nomoe_kernels import tables
+
+        return tables.TableOps(layout, numbers, padded=padded)
 
 
 def select_backend(

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from . import packed, products, reference, routing
 from .configs import Device, Plan, Shape, Tile, device_of, largest, plan, supports
+from .layout import query_block
 from .reference import MoEWeights, Norm, rotary_angles
 
 MAX_EXPERTS = 64
@@ -250,17 +251,13 @@ def pack(
     dtype: torch.dtype,
 ) -> Packing:
     """As `reference.pack`."""
-    # short texts take small blocks; three passes of tf32 leave registers for 64 queries
-    most = 64 if dtype == torch.float32 else 128
-    block_m = min(max(16, _power_of_two(max(lengths, default=1))), most)
+    block_m = query_block(max(lengths, default=1), dtype)
     blocks = []
     start = 0
     for length in lengths:
         blocks += [(start, length, query) for query in range(0, length, block_m)]
         start += length
-    # few sizes, since each is kept
-    rows = max(2048, _power_of_two(span))
-    cos, sin = _rotary_table(rows, head_width, rotary_base, positions_T.device)
+    cos, sin = rotary_table(span, head_width, rotary_base, positions_T.device)
     blocks_on_device = _copy(blocks, (len(blocks), 3), positions_T.device)
     return Packing(positions_T.to(torch.int32), cos, sin, blocks_on_device, block_m)
 
@@ -315,16 +312,20 @@ def mean_pool(hidden_TD: Tensor, lengths: Sequence[int]) -> Tensor:
         ValueError: Shapes, dtypes, devices or strides that no kernel takes.
     """
     _check("hidden_TD", hidden_TD, (sum(lengths), None))
-    D = hidden_TD.shape[1]
-    out_BD = torch.empty(len(lengths), D, dtype=torch.float32, device=hidden_TD.device)
     bounds = [0]
     for length in lengths:
         bounds.append(bounds[-1] + length)
-    if lengths:
-        bounds_on_device = _copy(bounds, (len(bounds),), hidden_TD.device)
+    return mean_pool_between(hidden_TD, _copy(bounds, (len(bounds),), hidden_TD.device))
+
+
+def mean_pool_between(hidden_TD: Tensor, bounds: Tensor) -> Tensor:
+    """`mean_pool` of texts that start at bounds[:-1], int32 on the device; NaN for an empty one."""
+    D = hidden_TD.shape[1]
+    out_BD = torch.empty(len(bounds) - 1, D, dtype=torch.float32, device=hidden_TD.device)
+    if len(out_BD):
         with _on(hidden_TD):
-            packed.mean_pool_kernel[(len(lengths), triton.cdiv(D, 128))](
-                hidden_TD, bounds_on_device, out_BD, D=D, BLOCK_T=32, BLOCK_D=128
+            packed.mean_pool_kernel[(len(out_BD), triton.cdiv(D, 128))](
+                hidden_TD, bounds, out_BD, D=D, BLOCK_T=32, BLOCK_D=128
             )
     return _made_from(out_BD, hidden_TD)
 
@@ -467,6 +468,7 @@ def moe_block(
     moe: MoEWeights,
     next_norm: Norm,
     *,
+    live: Tensor | None = None,
     tiles: Plan | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `reference.moe_block`: both norms are part of the kernels beside them.
@@ -477,6 +479,8 @@ def moe_block(
         norm: As the reference.
         moe: As the reference.
         next_norm: As the reference.
+        live: Tokens that are real, (1,) int32 on the device; None for all. The others are sent to
+            expert E, which is none, and their rows of the result hold anything.
         tiles: How to cut the products, instead of the configured plan.
 
     Raises:
@@ -488,9 +492,12 @@ def moe_block(
     _check("y_TD", y_TD, x_TD.shape, like=x_TD)
     _check_norm("norm", norm, x_TD)
     _check_norm("next_norm", next_norm, x_TD)
+    if live is not None:
+        _check_integers("live", live, 1, torch.int32, x_TD)
     out_TD, weights_TK, experts_TK = _run(
-        x_TD, moe, torch.empty_like(x_TD), before=(y_TD, norm), after=next_norm, tiles=tiles
-    )
+        x_TD, moe, torch.empty_like(x_TD),
+        before=(y_TD, norm), after=next_norm, live=live, tiles=tiles,
+    )  # fmt: skip
     inputs = (x_TD, y_TD, *norm[:2], *moe[:4], *next_norm[:2])
     return _made_from(out_TD, *inputs), _made_from(weights_TK, *inputs), experts_TK
 
@@ -502,6 +509,7 @@ def _run(
     *,
     before: tuple[Tensor, Norm] | None = None,
     after: Norm | None = None,
+    live: Tensor | None = None,
     tiles: Plan | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """A layer's kernels, between the norms given.
@@ -529,6 +537,7 @@ def _run(
     counts_PE, chunk = _route(
         x_TD, moe.router_ED, weights_TK, experts_TK,
         normalize=moe.normalize, rounded_TD=rounded_TD, added=before, counts=not is_small,
+        live=live,
     )  # fmt: skip
 
     if is_small:
@@ -567,6 +576,7 @@ def _route(
     rounded_TD: Tensor | None = None,
     added: tuple[Tensor, Norm] | None = None,
     counts: bool = False,
+    live: Tensor | None = None,
 ) -> tuple[Tensor | None, int]:
     """Fill the weights and experts; the counts of each program if asked, and its tokens."""
     (T, D), E, K = x_TD.shape, len(router_weight_ED), weights_TK.shape[1]
@@ -583,7 +593,7 @@ def _route(
     with _on(x_TD):
         routing.route_kernel[(programs,)](
             x_TD, y_TD, norm.weight_D, norm.bias_D, router_weight_ED, rounded_TD,
-            weights_TK, experts_TK, counts_PE, T, chunk, norm.eps,
+            weights_TK, experts_TK, counts_PE, live, T, chunk, norm.eps,
             D=D, E=E, K=K, NORMALIZE=normalize, BLOCK_T=block_t, PIECE=_piece(x_TD),
             BLOCK_E=_power_of_two(E), BLOCK_K=_power_of_two(K), num_warps=warps,
         )  # fmt: skip
@@ -739,6 +749,14 @@ def _copy(numbers: Sequence[Any], shape: tuple[int, ...], device: torch.device) 
     """int32 numbers on a device, from pinned memory, so that nobody waits."""
     on_host = torch.tensor(numbers, dtype=torch.int32, pin_memory=device.type == "cuda")
     return on_host.view(shape).to(device, non_blocking=True)
+
+
+def rotary_table(
+    span: int, head_width: int, base: float, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of all positions below `span` and more; made once, then kept."""
+    # few sizes, since each is kept
+    return _rotary_table(max(2048, _power_of_two(span)), head_width, base, device)
 
 
 @lru_cache(maxsize=16)

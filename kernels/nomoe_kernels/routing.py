@@ -108,6 +108,7 @@ def route_kernel(
     weights_ptr,  # (T, K) float32
     experts_ptr,  # (T, K) int64
     counts_ptr,  # (programs, E) int32 or None: rows of each expert among a program's tokens
+    live_ptr,  # (1,) int32 or None: tokens from this one on are padding
     T,
     chunk,  # tokens of one program
     eps,
@@ -123,7 +124,8 @@ def route_kernel(
     """Residual sum and LayerNorm, router product, softmax over all E, top K, rows per expert.
 
     Program p owns tokens [p * chunk, (p + 1) * chunk). Everything is computed in float32. A row is
-    held in pieces as wide as one warp loads, so that its sums stay within the warp.
+    held in pieces as wide as one warp loads, so that its sums stay within the warp. A token of
+    padding is not read: it gets expert E, which is none, and counts nowhere.
     """
     program = tl.program_id(0)
     experts_E = tl.arange(0, BLOCK_E)
@@ -135,10 +137,13 @@ def route_kernel(
     for first in range(start, stop, BLOCK_T):
         tokens_T = first + tl.arange(0, BLOCK_T)
         is_token_T = tokens_T < stop
+        is_live_T = is_token_T
+        if live_ptr is not None:
+            is_live_T = is_token_T & (tokens_T < tl.load(live_ptr))
         offsets_T = tokens_T.to(tl.int64) * D
-        x = load_pieces(x_ptr, offsets_T, is_token_T, D, PIECE)
+        x = load_pieces(x_ptr, offsets_T, is_live_T, D, PIECE)
         if y_ptr is not None:
-            y = load_pieces(y_ptr, offsets_T, is_token_T, D, PIECE)
+            y = load_pieces(y_ptr, offsets_T, is_live_T, D, PIECE)
             x = add_pieces(x, y, (D + PIECE - 1) // PIECE)
             x = layer_norm(x, is_token_T, norm_weight_ptr, norm_bias_ptr, eps, D, PIECE)
         if rounded_ptr is not None:
@@ -174,13 +179,15 @@ def route_kernel(
             expert_T = tl.min(tl.where(is_best_TE, experts_E[None, :], BLOCK_E), axis=1)
             hits_TE = experts_E[None, :] == expert_T[:, None]
             ranks_TE = tl.where(hits_TE, -1.0, ranks_TE)
-            counts_TE += (hits_TE & is_token_T[:, None]).to(tl.int32)
+            counts_TE += (hits_TE & is_live_T[:, None]).to(tl.int32)
             weight_T = tl.where(best_T == NAN_RANK, float("nan"), best_T)
             is_choice_K = (choices_K == choice)[None, :]
             weights_TK = tl.where(is_choice_K, weight_T[:, None], weights_TK)
             experts_TK = tl.where(is_choice_K, expert_T[:, None], experts_TK)
         if NORMALIZE:
             weights_TK /= tl.sum(weights_TK, axis=1)[:, None]
+        if live_ptr is not None:
+            experts_TK = tl.where(is_live_T[:, None], experts_TK, E)
         inside_TK = is_token_T[:, None] & (choices_K < K)[None, :]
         offsets_TK = tokens_T[:, None] * K + choices_K[None, :]
         tl.store(weights_ptr + offsets_TK, weights_TK, mask=inside_TK)
@@ -262,6 +269,8 @@ def permute_kernel(
         rows_R = first + tl.arange(0, BLOCK_R)
         is_row_R = rows_R < stop
         chosen_R = tl.load(experts_ptr + rows_R, mask=is_row_R, other=BLOCK_E)
+        # a row of padding has no expert, and no place
+        is_row_R = is_row_R & (chosen_R < E)
         hits_RE = (chosen_R[:, None] == experts_E[None, :]).to(tl.int32)
         # rows of the same expert up to and including this one
         rank_RE = tl.cumsum(hits_RE, axis=0)

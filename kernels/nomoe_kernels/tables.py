@@ -1,0 +1,60 @@
+"""The operations of `fused` for a batch whose tables are on the device already."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import fused
+from .fused import Packing
+from .layout import Layout
+from .reference import MoEWeights, Norm
+
+
+class TableOps:
+    """A kernel module, as a model takes one, bound to one batch.
+
+    Nothing here asks the host for a length, so that a CUDA graph can record a forward and be
+    replayed on another batch: the tables are read from where they lie. Rows of padding are in no
+    expert's group and belong to no text; what they hold reaches no other row.
+
+    Args:
+        layout: The room.
+        numbers: Its tables, (layout.size,) int32 on the device.
+        padded: The batch may be smaller than the room. If it never is, the kernels need not ask.
+    """
+
+    add_layer_norm = staticmethod(fused.add_layer_norm)
+    linear = staticmethod(fused.linear)
+    attention = staticmethod(fused.attention)
+    embed = staticmethod(fused.embed)
+
+    def __init__(self, layout: Layout, numbers: Tensor, *, padded: bool) -> None:
+        self.tables = layout.split(numbers)
+        self._block_m = layout.block_m
+        self._live = self.tables.live if padded else None
+
+    def moe_block(
+        self, x_TD: Tensor, y_TD: Tensor, norm: Norm, moe: MoEWeights, next_norm: Norm
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """As `fused.moe_block`."""
+        return fused.moe_block(x_TD, y_TD, norm, moe, next_norm, live=self._live)
+
+    def pack(
+        self,
+        lengths: Sequence[int],
+        positions_T: Tensor,
+        span: int,
+        head_width: int,
+        rotary_base: float,
+        dtype: torch.dtype,
+    ) -> Packing:
+        """As `fused.pack`, of the tables: lengths and positions are not looked at."""
+        cos, sin = fused.rotary_table(span, head_width, rotary_base, self.tables.live.device)
+        return Packing(self.tables.positions_T, cos, sin, self.tables.blocks, self._block_m)
+
+    def mean_pool(self, hidden_TD: Tensor, lengths: Sequence[int]) -> Tensor:
+        """As `fused.mean_pool`, (texts of the layout, D); NaN where a text is absent."""
+        return fused.mean_pool_between(hidden_TD, self.tables.bounds)

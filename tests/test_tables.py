@@ -1,0 +1,139 @@
+"""A batch's tables, and the kernels that read them: padding may hold anything."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+import torch
+from torch import Tensor
+
+from nomoe_kernels import fused, reference
+from nomoe_kernels.layout import Layout, query_block
+from nomoe_kernels.reference import MoEWeights, Norm
+from nomoe_kernels.tables import TableOps
+from tests.test_fused_ops import DEVICE, DTYPES, PLANS, Case, make_layer, poisoned
+
+__all__ = ["poisoned"]
+CUDA = torch.cuda.is_available()
+pytestmark = [pytest.mark.gpu] if CUDA else []
+
+
+def filled(layout: Layout, ids: list[int], lengths: list[int]) -> Tensor:
+    # whatever the numbers held before is written over
+    numbers = torch.full((layout.size,), -7, dtype=torch.int32)
+    layout.fill(numbers, ids, lengths)
+    return numbers
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("block_m", [16, 128])
+def test_tables_say_what_a_loop_would(seed: int, block_m: int) -> None:
+    generator = random.Random(seed)
+    lengths = [generator.randint(1, 300) for _ in range(generator.randint(1, 9))]
+    ids = [generator.randint(0, 99) for _ in range(sum(lengths))]
+    layout = Layout(sum(lengths) + 40 * seed, len(lengths) + seed, block_m)
+    tables = layout.split(filled(layout, ids, lengths))
+    bounds, blocks, positions = [0], [], []
+    for length in lengths:
+        blocks += [[bounds[-1], length, query] for query in range(0, length, block_m)]
+        positions += list(range(length))
+        bounds.append(bounds[-1] + length)
+    spare = layout.tokens - len(ids)
+    assert tables.live.tolist() == [len(ids)]
+    assert tables.ids_T.tolist() == ids + [0] * spare
+    assert tables.positions_T.tolist() == positions + [0] * spare
+    assert tables.bounds.tolist() == bounds + [len(ids)] * seed
+    assert tables.blocks.tolist() == blocks + [[0, 0, 0]] * (layout.blocks - len(blocks))
+    assert all(one.data_ptr() % 16 == tables.live.data_ptr() % 16 for one in tables)
+
+
+def test_there_is_room_for_any_division_of_the_tokens() -> None:
+    for tokens, texts, block_m in [(16, 1, 16), (64, 64, 16), (100, 7, 64), (7, 20, 16)]:
+        layout = Layout(tokens, texts, block_m)
+        present = min(texts, tokens)
+        for lengths in (
+            [1] * (present - 1) + [tokens - present + 1],
+            [tokens // present + (text < tokens % present) for text in range(present)],
+        ):
+            filled(layout, [1] * tokens, lengths)
+
+
+@pytest.mark.parametrize(
+    ("ids", "lengths"),
+    [(17, [17]), (4, [1] * 4), (0, []), (4, [2, 1]), (4, [4, 0]), (4, [5, -1])],
+)
+def test_batches_that_do_not_fit_are_refused(ids: int, lengths: list[int]) -> None:
+    with pytest.raises(ValueError, match="tokens"):
+        filled(Layout(16, 3, 16), [1] * ids, lengths)
+
+
+def test_blocks_follow_the_longest_text() -> None:
+    sizes = [query_block(length, torch.float16) for length in (1, 16, 17, 64, 65, 128, 512)]
+    assert sizes == [16, 16, 32, 64, 128, 128, 128]
+    assert query_block(512, torch.float32) == 64
+
+
+def weights_of(layer_case: Case, dtype: torch.dtype) -> tuple[Tensor, Tensor, MoEWeights, Norm]:
+    layer = make_layer(layer_case, dtype)
+    generator = torch.Generator().manual_seed(5)
+    y_TD = torch.randn(layer.x_TD.shape, generator=generator).to(DEVICE, dtype)
+    scale, shift = torch.rand(2, layer_case.width, generator=generator).to(DEVICE, dtype)
+    return layer.x_TD, y_TD, MoEWeights(*layer[1:]), Norm(scale, shift, 1e-5)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize("kernel", list(PLANS))
+@pytest.mark.parametrize("case", [Case(20), Case(20, experts=5, top_k=1)], ids=str)
+def test_padding_is_in_no_experts_group(case: Case, kernel: str, dtype: torch.dtype) -> None:
+    live = 13
+    x_TD, y_TD, moe, norm = weights_of(case, dtype)
+    expected = fused.moe_block(
+        x_TD[:live].contiguous(), y_TD[:live].contiguous(), norm, moe, norm, tiles=PLANS[kernel]
+    )
+    x_TD[live:], y_TD[live:] = math.nan, math.inf
+    count = torch.tensor([live], dtype=torch.int32, device=DEVICE)
+    padded = fused.moe_block(x_TD, y_TD, norm, moe, norm, live=count, tiles=PLANS[kernel])
+    for one, other in zip(padded, expected, strict=True):
+        assert torch.equal(one[:live], other)
+    assert (padded[2][live:] == len(moe.router_ED)).all(), "expert E, which is none"
+
+
+def test_ends_count_real_rows_only() -> None:
+    x_TD, _, moe, _ = weights_of(Case(37), torch.float32)
+    count = torch.tensor([21], dtype=torch.int32, device=DEVICE)
+    weights_TK, experts_TK = fused._empty_routing(x_TD, 2)
+    counts_PE, chunk = fused._route(
+        x_TD, moe.router_ED, weights_TK, experts_TK, normalize=False, counts=True, live=count
+    )
+    assert counts_PE is not None
+    order_R, ends_E, _ = fused._permute(experts_TK, counts_PE, chunk * 2, None)
+    expected_R, expected_ends_E = reference.permute(
+        reference.route(x_TD[:21], moe.router_ED, 2)[1], len(moe.router_ED)
+    )
+    assert torch.equal(ends_E, expected_ends_E)
+    assert torch.equal(order_R[: 2 * 21], expected_R)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # the mean of no tokens
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_table_ops_are_those_of_fused(dtype: torch.dtype) -> None:
+    lengths, heads, width = [5, 1, 30], 3, 32
+    generator = torch.Generator().manual_seed(0)
+    qkv = torch.randn(50, 3, heads, width, generator=generator).to(DEVICE, dtype)
+    hidden_TD = qkv.flatten(1)[:, :96].contiguous()
+    positions_T = torch.cat([torch.arange(length) for length in lengths]).to(DEVICE)
+    packing = fused.pack(lengths, positions_T, 64, width, 10000.0, dtype)
+    expected = fused.attention(qkv[:36], packing)
+
+    layout = Layout(50, 6, packing.block_m)
+    numbers = filled(layout, [1] * 36, lengths).to(DEVICE)
+    ops = TableOps(layout, numbers, padded=True)
+    qkv[36:], hidden_TD[36:] = math.nan, math.nan
+    static = ops.pack([], positions_T, 64, width, 10000.0, dtype)
+    assert torch.equal(ops.attention(qkv, static)[:36], expected)
+    pooled_BD = ops.mean_pool(hidden_TD, [])
+    assert torch.equal(pooled_BD[:3], fused.mean_pool(hidden_TD[:36], lengths))
+    assert pooled_BD.shape == (6, 96)
