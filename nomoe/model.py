@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import opaque
 from .checkpoint import CONFIG_FILE, DEFAULT_REPO, load_tensors, locate
 from .config import NomicMoEConfig
 from .moe import BackendName, LayerNorm, MoE, Ops, TableOps, select_backend
@@ -175,7 +176,13 @@ class NomicMoEModel(nn.Module):
         self.embeddings = Embeddings(config)
         self.emb_ln = LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.encoder = Layers(config)
+        self._number = opaque.register(self)
         self.reset_parameters()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        # a copy is another model
+        self._number = opaque.register(self)
 
     @classmethod
     def from_pretrained(
@@ -363,6 +370,8 @@ class NomicMoEModel(nn.Module):
         Raises:
             ValueError: Lengths that do not add up to T, or as `forward`.
         """
+        if torch.compiler.is_compiling() and self.backend.name == "triton":
+            return self._forward_opaque(ids_T, lengths, output_hidden_states, output_routing)
         if isinstance(lengths, Tensor):
             _require_integers("lengths", lengths)
             if lengths.dim() != 1:
@@ -393,6 +402,52 @@ class NomicMoEModel(nn.Module):
             output_hidden_states=output_hidden_states,
             output_routing=output_routing,
         )
+
+    def _forward_opaque(
+        self,
+        ids_T: Tensor,
+        lengths: Sequence[int] | Tensor,
+        output_hidden_states: bool,
+        output_routing: bool,
+    ) -> NomicMoEOutput:
+        """`forward_packed` as torch.compile sees it: one operator."""
+        trained = next((one for one in self.parameters() if one.requires_grad), None)
+        states = self.config.n_layer + 1 if output_hidden_states else 1
+        routings = len(self.config.moe_layers) if output_routing else 0
+        flat = opaque.forward_packed(
+            ids_T,
+            lengths if isinstance(lengths, Tensor) else torch.tensor(lengths, dtype=torch.int64),
+            self.emb_ln.weight.detach(),
+            trained if torch.is_grad_enabled() else None,
+            self._number,
+            states,
+            routings,
+            self.config.moe_top_k,
+        )
+        hidden, weights, experts = (
+            tuple(flat[:states]),
+            tuple(flat[states : states + routings]),
+            tuple(flat[states + routings :]),
+        )
+        return NomicMoEOutput(
+            last_hidden_state=hidden[-1],
+            hidden_states=hidden if output_hidden_states else None,
+            router_weights=weights if output_routing else None,
+            router_experts=experts if output_routing else None,
+        )
+
+    def forward_flat(
+        self, ids_T: Tensor, lengths: Tensor, hidden_states: bool, routing: bool
+    ) -> list[Tensor]:
+        """`forward_packed` with its tensors in a row, for the operator in `nomoe.opaque`."""
+        output = self.forward_packed(
+            ids_T, lengths, output_hidden_states=hidden_states, output_routing=routing
+        )
+        return [
+            *(output.hidden_states or [output.last_hidden_state]),
+            *(output.router_weights or ()),
+            *(output.router_experts or ()),
+        ]
 
     def forward_tables(self, ops: TableOps, *, output_routing: bool = False) -> NomicMoEOutput:
         """Encode the batch that a kernel module is bound to; see `nomoe.engine`.
