@@ -1,11 +1,21 @@
-"""From a run of texts to packed batches: windows, token budgets, tokenising ahead."""
+"""From a run of texts to packed batches: windows, token budgets, tokenising and launching ahead."""
 
 from __future__ import annotations
 
+import logging
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import accumulate
+from typing import NamedTuple, TypeVar
+
+import torch
 
 from .tokenizer import Tokens, check_texts
+
+logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
 
 # a window holds about four batches of text, at some four characters per token, so that sorting by
 # length has something to sort; and never so many short texts that the first result waits long
@@ -79,3 +89,95 @@ def make_batches(lengths: list[int], batch_tokens: int, batch_size: int | None) 
             tokens = lengths[position]
         batches[-1].append(position)
     return batches
+
+
+class Batch(NamedTuple):
+    """Texts of a window that run together."""
+
+    window: Tokens
+    # of its texts in the window
+    positions: list[int]
+
+    @property
+    def ids(self) -> list[list[int]]:
+        """Token ids of each text."""
+        return [self.window.ids[position] for position in self.positions]
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each text."""
+        return [len(self.window.ids[position]) for position in self.positions]
+
+    def halve(self) -> list[Batch]:
+        """Divide the texts into two batches of about as many tokens; none of one text."""
+        if len(self.positions) == 1:
+            return []
+        ends = list(accumulate(self.lengths))
+        # where the larger part is smallest
+        cut = min(range(1, len(ends)), key=lambda text: abs(2 * ends[text - 1] - ends[-1]))
+        return [
+            self._replace(positions=part) for part in (self.positions[:cut], self.positions[cut:])
+        ]
+
+
+def run_batches(
+    batches: Iterable[Batch],
+    launch: Callable[[Batch], Callable[[], Result]],
+    *,
+    depth: int,
+    relieve: Callable[[], None],
+) -> Iterator[tuple[Batch, Result]]:
+    """Launch batches ahead of their results, and in halves where memory runs out.
+
+    Once a batch has not fitted, the later ones are cut to what its halves had.
+
+    Args:
+        batches: What to run.
+        launch: Queues a batch; what it returns waits for the result.
+        depth: Most batches launched and not waited for.
+        relieve: Gives memory back before another try.
+
+    Yields:
+        Batches, or parts of them, with their results, in the order given.
+
+    Raises:
+        torch.OutOfMemoryError: One text alone does not fit.
+    """
+    waiting: deque[tuple[Batch, Callable[[], Result]]] = deque()
+    most: int | None = None
+    for batch in batches:
+        parts = [batch]
+        while parts:
+            part = parts.pop()
+            tokens, halves = sum(part.lengths), part.halve()
+            if halves and most is not None and tokens > most:
+                parts += reversed(halves)
+                continue
+            try:
+                waiting.append((part, launch(part)))
+                is_short = False
+            except torch.OutOfMemoryError as error:
+                if not halves and not waiting:
+                    raise torch.OutOfMemoryError(
+                        f"a text of {tokens} tokens does not fit in memory even by itself: free "
+                        f"some, lower max_seq_length or take a smaller dtype ({error})"
+                    ) from error
+                is_short = True
+            # the error is gone, and what the forward held with it
+            while len(waiting) >= depth or (waiting and is_short):
+                done, finish = waiting.popleft()
+                yield done, finish()
+            if is_short:
+                relieve()
+                if most is None and halves:
+                    logger.warning(
+                        "a batch of %d tokens did not fit in memory; it and the rest of this call "
+                        "run in smaller ones: batch_tokens= sets their size",
+                        tokens,
+                    )
+                if halves:
+                    most = max(sum(half.lengths) for half in halves)
+                parts += reversed(halves or [part])
+    while waiting:
+        done, finish = waiting.popleft()
+        yield done, finish()

@@ -16,6 +16,7 @@ from torch import Tensor
 from . import pipeline, similarity
 from .checkpoint import CONFIG_FILE, DEFAULT_REPO, TOKENIZER_FILE, locate
 from .config import NomicMoEConfig
+from .engine import Engine, Pooling, token_budget
 from .model import NomicMoEModel, resolve_device, resolve_dtype
 from .moe import BackendName, select_backend
 from .pipeline import Plan
@@ -29,9 +30,8 @@ logger = logging.getLogger(__name__)
 OnTooLong = Literal["warn", "error"]
 Array = npt.NDArray[Any]
 
-# most tokens of a batch; not tuned yet: large enough for the matrix products, small enough that a
-# CPU batch's activations stay near a hundred megabytes
-_BATCH_TOKENS = {"cpu": 4096, "cuda": 65_536}
+# a call of no more tokens than this does not look at the memory first
+_FEW_TOKENS = 4096
 
 
 class Encoder:
@@ -62,6 +62,7 @@ class Encoder:
         truncate_dim: int | None = None,
     ) -> None:
         self.model = model
+        self._engine_of_model = Engine(model)
         self.tokenizer = tokenizer
         self.prompts = settings.prompts
         self.default_prompt_name = settings.default_prompt_name
@@ -174,7 +175,43 @@ class Encoder:
 
     def to(self, device: str | torch.device) -> Encoder:
         """Move the model to a device, keeping its dtype."""
-        self.model.to(resolve_device(device))
+        device = resolve_device(device)
+        if device != self.device:
+            self._engine.reset()
+        self.model.to(device)
+        return self
+
+    @property
+    def _engine(self) -> Engine:
+        if self._engine_of_model.model is not self.model:
+            self._engine_of_model = Engine(self.model)
+        return self._engine_of_model
+
+    def warmup(
+        self, texts: int = 1, *, normalize_embeddings: bool = True, truncate_dim: int | None = None
+    ) -> Encoder:
+        """Do now what the first calls would otherwise wait for.
+
+        On CUDA with the triton backend that is compiling kernels, which takes seconds to a minute
+        where Triton's cache on disk has none, and recording a CUDA graph for every bucket that a
+        call of so many texts can meet; calls of few tokens then replay them. Without `warmup` a
+        bucket is recorded when it is met for the second time. Elsewhere one small batch runs.
+
+        Args:
+            texts: Texts of a call.
+            normalize_embeddings: As the calls will have it.
+            truncate_dim: As the calls will have it.
+
+        Returns:
+            The encoder.
+
+        Raises:
+            ValueError: `texts` is below 1, or `truncate_dim` outside 1..d.
+        """
+        if (_whole(texts) or 0) < 1:
+            raise ValueError(f"texts is {texts!r}, expected at least 1")
+        plan = self._plan(None, "", truncate_dim=truncate_dim, normalize=normalize_embeddings)
+        self._engine.prepare(texts, self.max_seq_length, plan.pooling)
         return self
 
     def encode(
@@ -241,6 +278,7 @@ class Encoder:
             batch_tokens=batch_tokens,
             batch_size=batch_size,
             on_too_long=on_too_long,
+            texts=len(texts),
         )
         if output_value not in ("sentence_embedding", "token_embeddings", None):
             raise ValueError(
@@ -262,21 +300,27 @@ class Encoder:
         with pipeline.progress(show_progress_bar, len(texts)) as bar:
             if output_value != "sentence_embedding":
                 rows: list[Any] = []
-                for tokens in windows:
-                    rows += pipeline.embed_tokens(self.model, tokens, plan, bar)
+                for of_window in pipeline.embed_tokens(self._engine, windows, plan, bar):
+                    rows += of_window
                 if output_value == "token_embeddings":
                     rows = [row["token_embeddings"] for row in rows]
                 return rows[0] if single else rows
-            parts = [pipeline.embed(self.model, tokens, plan, bar) for tokens in windows]
-        vectors = torch.cat(
-            [torch.empty(0, plan.dim, dtype=torch.float32, device=self.device), *parts]
+            to_host = precision != "float32" or (convert_to_numpy and not convert_to_tensor)
+            parts = list(pipeline.embed(self._engine, windows, plan, bar, to_host=to_host))
+        empty = torch.empty(
+            *(0, plan.pooling.dim),
+            dtype=torch.float32,
+            device="cpu" if to_host else self.device,
         )
+        vectors = parts[0] if len(parts) == 1 else torch.cat([empty, *parts])
         if precision != "float32":
-            quantized = quantize(vectors.cpu().numpy(), precision, ranges)
-            vectors = torch.from_numpy(quantized).to(self.device)
-        result: Any = vectors
-        if not convert_to_tensor:
-            result = vectors.cpu().numpy() if convert_to_numpy else list(vectors)
+            vectors = torch.from_numpy(quantize(vectors.numpy(), precision, ranges))
+        result: Any
+        if convert_to_numpy and not convert_to_tensor:
+            result = vectors.numpy()
+        else:
+            vectors = vectors.to(self.device)
+            result = vectors if convert_to_tensor else list(vectors)
         return result[0] if single else result
 
     def encode_query(
@@ -321,7 +365,7 @@ class Encoder:
 
         Texts are read a window at a time, some tens of thousands of tokens; the next window is
         tokenised while this one runs. An exception from the iterable, or a bad text, ends the
-        stream there; up to two windows before it are not returned.
+        stream there; up to three windows before it are not returned.
 
         Args:
             inputs: Any iterable of texts. The others are as for `encode`.
@@ -363,9 +407,9 @@ class Encoder:
 
         def generate() -> Iterator[Array]:
             with pipeline.progress(show_progress_bar, total) as bar:
-                for tokens in pipeline.tokenized(self.tokenizer, texts, plan):
-                    vectors = pipeline.embed(self.model, tokens, plan, bar)
-                    yield quantize(vectors.cpu().numpy(), precision, ranges)
+                windows = pipeline.tokenized(self.tokenizer, texts, plan)
+                for vectors in pipeline.embed(self._engine, windows, plan, bar, to_host=True):
+                    yield quantize(vectors.numpy(), precision, ranges)
 
         return generate()
 
@@ -388,30 +432,17 @@ class Encoder:
             TypeError, ValueError: As `encode`.
         """
         texts = _as_list(inputs)
-        plan = self._plan(prompt_name, prompt)
+        plan = self._plan(prompt_name, prompt, texts=len(texts))
         config = self.model.config
         pieces: list[list[str]] = []
         experts: list[npt.NDArray[np.int64]] = []
         weights: list[npt.NDArray[np.float32]] = []
         with pipeline.progress(show_progress_bar, len(texts)) as bar:
-            for tokens in pipeline.tokenized(self.tokenizer, texts, plan):
-                first = len(pieces)
+            windows = pipeline.tokenized(self.tokenizer, texts, plan)
+            for tokens, routed in pipeline.route(self._engine, windows, plan, bar):
                 pieces += [self.tokenizer.pieces(ids) for ids in tokens.ids]
-                experts += [np.empty(0, np.int64)] * len(tokens.ids)
-                weights += [np.empty(0, np.float32)] * len(tokens.ids)
-                for batch in pipeline.forward(self.model, tokens, plan, bar, routing=True):
-                    assert batch.output.router_experts is not None
-                    assert batch.output.router_weights is not None
-                    experts_TMK = torch.stack(batch.output.router_experts, dim=1).cpu()
-                    weights_TMK = torch.stack(batch.output.router_weights, dim=1).cpu()
-                    for position, of_text, by_text in zip(
-                        batch.positions,
-                        experts_TMK.split(batch.lengths),
-                        weights_TMK.split(batch.lengths),
-                        strict=True,
-                    ):
-                        experts[first + position] = of_text.clone().numpy()
-                        weights[first + position] = by_text.clone().numpy()
+                experts += [of_text.numpy() for of_text, _ in routed]
+                weights += [by_text.numpy() for _, by_text in routed]
         counts = np.zeros((len(config.moe_layers), config.num_experts), dtype=np.int64)
         for one in experts:
             for layer, count in enumerate(counts):
@@ -471,8 +502,9 @@ class Encoder:
         batch_tokens: int | None = None,
         batch_size: int | None = None,
         on_too_long: OnTooLong = "warn",
+        texts: int | None = None,
     ) -> Plan:
-        """Check a call's settings before anything is computed."""
+        """Check a call's settings before anything is computed; `texts` is None where unknown."""
         prefix = self._prefix(prompt_name, prompt)
         dim = _check_dim(truncate_dim, self.model.config) or self.get_embedding_dimension()
         check_precision(precision, dim, ranges)
@@ -487,15 +519,16 @@ class Encoder:
                 raise ValueError(f"{name} is {value!r}, expected at least 1")
         if on_too_long not in ("warn", "error"):
             raise ValueError(f"on_too_long is {on_too_long!r}, expected 'warn' or 'error'")
+        if batch_tokens is None:
+            is_small = texts is not None and texts * self.max_seq_length <= _FEW_TOKENS
+            batch_tokens = _FEW_TOKENS if is_small else token_budget(self.model)
         return Plan(
             prefix=prefix,
             max_length=self.max_seq_length,
             refuse_long=on_too_long == "error",
-            batch_tokens=batch_tokens or _BATCH_TOKENS.get(self.device.type, _BATCH_TOKENS["cpu"]),
+            batch_tokens=batch_tokens,
             batch_size=batch_size,
-            dim=dim,
-            normalize_before=self._normalizes and not normalize,
-            normalize_after=normalize,
+            pooling=Pooling(dim, self._normalizes and not normalize, normalize),
         )
 
 

@@ -394,6 +394,8 @@ class NomicMoEModel(nn.Module):
         positions = torch.arange(len(ids_T)) - starts[: len(lengths)].repeat_interleave(
             torch.tensor(lengths, dtype=torch.int64), output_size=len(ids_T)
         )
+        if ids_T.is_cuda:
+            positions = positions.pin_memory()
         return self._encode(
             ids_T,
             lengths,

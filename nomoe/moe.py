@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from nomoe_kernels import reference
 from nomoe_kernels.layout import Layout as Layout
 from nomoe_kernels.layout import Tables
-from nomoe_kernels.layout import query_block as query_block
 from nomoe_kernels.reference import MoEWeights, Norm
 
 from .config import NomicMoEConfig

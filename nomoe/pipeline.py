@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .batching import make_batches, tokenize_ahead, windows
-from .model import NomicMoEModel, NomicMoEOutput
+from .batching import Batch, Result, make_batches, run_batches, tokenize_ahead, windows
+from .engine import Engine, Pooling, pool
 from .tokenizer import Tokenizer, Tokens
 
 logger = logging.getLogger(__name__)
@@ -33,19 +32,7 @@ class Plan(NamedTuple):
     # most tokens and most texts of a batch
     batch_tokens: int
     batch_size: int | None
-    # features to keep, and whether to normalise before and after dropping the others
-    dim: int
-    normalize_before: bool
-    normalize_after: bool
-
-
-class Batch(NamedTuple):
-    """One batch of a window after the forward."""
-
-    # positions of its texts in the window
-    positions: list[int]
-    lengths: list[int]
-    output: NomicMoEOutput
+    pooling: Pooling
 
 
 def tokenized(tokenizer: Tokenizer, texts: Iterable[str], plan: Plan) -> Iterator[Tokens]:
@@ -80,62 +67,110 @@ def tokenized(tokenizer: Tokenizer, texts: Iterable[str], plan: Plan) -> Iterato
             )
 
 
-def forward(
-    model: NomicMoEModel, tokens: Tokens, plan: Plan, bar: tqdm[Any], *, routing: bool = False
-) -> Iterator[Batch]:
-    """Run a window batch by batch, longest texts first."""
-    lengths = [len(ids) for ids in tokens.ids]
-    for positions in make_batches(lengths, plan.batch_tokens, plan.batch_size):
-        ids = list(chain.from_iterable(tokens.ids[position] for position in positions))
-        batch_lengths = [lengths[position] for position in positions]
-        # not inference mode: its tensors could not be used in anybody's training
-        with torch.no_grad():
-            output = model.forward_packed(
-                torch.tensor(ids, dtype=torch.int64).to(model.device),
-                batch_lengths,
-                output_routing=routing,
-            )
-        yield Batch(positions, batch_lengths, output)
-        bar.update(len(positions))
+def run(
+    engine: Engine,
+    windows: Iterable[Tokens],
+    plan: Plan,
+    bar: tqdm[Any],
+    launch: Callable[[Batch], Callable[[], Result]],
+) -> Iterator[tuple[Tokens, list[tuple[Batch, Result]]]]:
+    """Run windows batch by batch, longest texts first; yield each with its batches' results.
+
+    On a GPU two batches are under way: while one runs, the next is prepared and queued.
+    """
+
+    def batches() -> Iterator[Batch]:
+        for window in windows:
+            lengths = [len(ids) for ids in window.ids]
+            for positions in make_batches(lengths, plan.batch_tokens, plan.batch_size):
+                yield Batch(window, positions)
+
+    depth = 2 if engine.model.device.type == "cuda" else 1
+    done: list[tuple[Batch, Result]] = []
+    texts = 0
+    for batch, result in run_batches(batches(), launch, depth=depth, relieve=engine.relieve):
+        done.append((batch, result))
+        texts += len(batch.positions)
+        bar.update(len(batch.positions))
+        if texts == len(batch.window.ids):
+            yield batch.window, done
+            done, texts = [], 0
 
 
-@torch.no_grad()
-def pool(model: NomicMoEModel, batch: Batch, plan: Plan) -> Tensor:
-    """Pool, truncate and normalise, (B, d) float32."""
-    mean_pool = model.backend.ops.mean_pool
-    vectors = mean_pool(batch.output.last_hidden_state, batch.lengths)
-    if plan.normalize_before:
-        vectors = F.normalize(vectors, dim=1)
-    vectors = vectors[:, : plan.dim]
-    return F.normalize(vectors, dim=1) if plan.normalize_after else vectors
+def embed(
+    engine: Engine, windows: Iterable[Tokens], plan: Plan, bar: tqdm[Any], *, to_host: bool
+) -> Iterator[Tensor]:
+    """Embed windows; (m, d) float32 for each, in its order, on the host or the model's device."""
 
+    def launch(batch: Batch) -> Callable[[], Tensor]:
+        ids = list(chain.from_iterable(batch.ids))
+        return engine.embed(ids, batch.lengths, plan.pooling, to_host=to_host)
 
-def embed(model: NomicMoEModel, tokens: Tokens, plan: Plan, bar: tqdm[Any]) -> Tensor:
-    """Embed a window; (m, d) float32 on the model's device, in the window's order."""
-    vectors = torch.empty(len(tokens.ids), plan.dim, dtype=torch.float32, device=model.device)
-    for batch in forward(model, tokens, plan, bar):
-        vectors[batch.positions] = pool(model, batch, plan)
-    return vectors
+    for _, parts in run(engine, windows, plan, bar, launch):
+        rows = torch.cat([vectors for _, vectors in parts])
+        order = torch.tensor(
+            [position for batch, _ in parts for position in batch.positions],
+            pin_memory=rows.is_cuda,
+        )
+        # rows into the order of the window
+        yield torch.empty_like(rows).index_copy_(0, order.to(rows.device, non_blocking=True), rows)
 
 
 def embed_tokens(
-    model: NomicMoEModel, tokens: Tokens, plan: Plan, bar: tqdm[Any]
-) -> list[dict[str, Tensor]]:
-    """Embed a window token by token: a dict per text, in the window's order."""
-    rows: list[dict[str, Tensor]] = [{}] * len(tokens.ids)
-    for batch in forward(model, tokens, plan, bar):
-        hidden = batch.output.last_hidden_state.float().split(batch.lengths)
-        vectors = pool(model, batch, plan)
-        for position, hidden_LD, vector in zip(batch.positions, hidden, vectors, strict=True):
-            ids = torch.tensor(tokens.ids[position])
-            # clones, or keeping one text would keep its whole batch
-            rows[position] = {
-                "input_ids": ids,
-                "attention_mask": torch.ones_like(ids),
+    engine: Engine, windows: Iterable[Tokens], plan: Plan, bar: tqdm[Any]
+) -> Iterator[list[dict[str, Tensor]]]:
+    """Embed windows token by token: a dict per text, in the window's order."""
+
+    @torch.no_grad()
+    def launch(batch: Batch) -> Callable[[], list[dict[str, Tensor]]]:
+        output, ops = engine.forward(list(chain.from_iterable(batch.ids)), batch.lengths)
+        vectors = pool(ops, output.last_hidden_state, batch.lengths, plan.pooling)
+        hidden = output.last_hidden_state.float().split(batch.lengths)
+        # clones, or keeping one text would keep its whole batch
+        texts = [
+            {
+                "input_ids": torch.tensor(ids),
+                "attention_mask": torch.ones(len(ids), dtype=torch.int64),
                 "token_embeddings": hidden_LD.clone(),
                 "sentence_embedding": vector.clone(),
             }
-    return rows
+            for ids, hidden_LD, vector in zip(batch.ids, hidden, vectors, strict=True)
+        ]
+        return lambda: texts
+
+    for window, parts in run(engine, windows, plan, bar, launch):
+        rows: list[dict[str, Tensor]] = [{}] * len(window.ids)
+        for batch, texts in parts:
+            for position, text in zip(batch.positions, texts, strict=True):
+                rows[position] = text
+        yield rows
+
+
+def route(
+    engine: Engine, windows: Iterable[Tokens], plan: Plan, bar: tqdm[Any]
+) -> Iterator[tuple[Tokens, list[tuple[Tensor, Tensor]]]]:
+    """Route windows: experts and weights of each text, (L, M, K) on the host, in its order."""
+
+    def launch(batch: Batch) -> Callable[[], list[tuple[Tensor, Tensor]]]:
+        ids = list(chain.from_iterable(batch.ids))
+        output, _ = engine.forward(ids, batch.lengths, routing=True)
+        assert output.router_experts is not None
+        assert output.router_weights is not None
+        experts_TMK = torch.stack(output.router_experts, dim=1).cpu().split(batch.lengths)
+        weights_TMK = torch.stack(output.router_weights, dim=1).cpu().split(batch.lengths)
+        texts = [
+            (experts_LMK.clone(), weights_LMK.clone())
+            for experts_LMK, weights_LMK in zip(experts_TMK, weights_TMK, strict=True)
+        ]
+        return lambda: texts
+
+    for window, parts in run(engine, windows, plan, bar, launch):
+        by_position = {
+            position: text
+            for batch, texts in parts
+            for position, text in zip(batch.positions, texts, strict=True)
+        }
+        yield window, [by_position[position] for position in range(len(window.ids))]
 
 
 def progress(show: bool | None, total: int | None) -> tqdm[Any]:

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from nomoe import Encoder, data
-from nomoe.encoder import _BATCH_TOKENS
+from nomoe.engine import BATCH_TOKENS
 
 TEXTS = [text for group in data.sentences().values() for text in group]
 # 5e-7 at width 768 (tests/test_model.py); features of a unit vector of 96 are sqrt(8) times larger
@@ -424,7 +424,7 @@ def test_properties(encoder: Encoder) -> None:
     np.testing.assert_array_equal(
         encoder.encode("a", "query", device="cpu"), encoder.encode("a", "query")
     )
-    assert set(_BATCH_TOKENS) == {"cpu", "cuda"}
+    assert set(BATCH_TOKENS) == {"cpu", "cuda"}
 
 
 def test_parameters_are_sentence_transformers_in_its_order() -> None:

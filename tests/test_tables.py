@@ -33,7 +33,9 @@ def test_tables_say_what_a_loop_would(seed: int, block_m: int) -> None:
     generator = random.Random(seed)
     lengths = [generator.randint(1, 300) for _ in range(generator.randint(1, 9))]
     ids = [generator.randint(0, 99) for _ in range(sum(lengths))]
-    layout = Layout(sum(lengths) + 40 * seed, len(lengths) + seed, block_m)
+    blocks_of_texts = sum(-(-length // block_m) for length in lengths)
+    room = (len(ids) + 40 * seed, len(lengths) + seed, blocks_of_texts + 2 * seed)
+    layout = Layout(*room, block_m)
     tables = layout.split(filled(layout, ids, lengths))
     bounds, blocks, positions = [0], [], []
     for length in lengths:
@@ -50,14 +52,19 @@ def test_tables_say_what_a_loop_would(seed: int, block_m: int) -> None:
 
 
 def test_there_is_room_for_any_division_of_the_tokens() -> None:
-    for tokens, texts, block_m in [(16, 1, 16), (64, 64, 16), (100, 7, 64), (7, 20, 16)]:
-        layout = Layout(tokens, texts, block_m)
+    for tokens, texts in [(16, 1), (64, 64), (1000, 7), (7, 20), (4096, 4), (4096, 256)]:
+        layout = Layout.room(tokens, texts, torch.float16)
         present = min(texts, tokens)
         for lengths in (
             [1] * (present - 1) + [tokens - present + 1],
             [tokens // present + (text < tokens % present) for text in range(present)],
         ):
             filled(layout, [1] * tokens, lengths)
+            exact = Layout.of(lengths, torch.float16)
+            assert (exact.tokens, exact.texts) == (tokens, present)
+            assert exact.split(filled(exact, [1] * tokens, lengths)).blocks[:, 1].all(), (
+                "none spare"
+            )
 
 
 @pytest.mark.parametrize(
@@ -66,7 +73,7 @@ def test_there_is_room_for_any_division_of_the_tokens() -> None:
 )
 def test_batches_that_do_not_fit_are_refused(ids: int, lengths: list[int]) -> None:
     with pytest.raises(ValueError, match="tokens"):
-        filled(Layout(16, 3, 16), [1] * ids, lengths)
+        filled(Layout(16, 3, 4, 16), [1] * ids, lengths)
 
 
 def test_blocks_follow_the_longest_text() -> None:
@@ -128,7 +135,7 @@ def test_table_ops_are_those_of_fused(dtype: torch.dtype) -> None:
     packing = fused.pack(lengths, positions_T, 64, width, 10000.0, dtype)
     expected = fused.attention(qkv[:36], packing)
 
-    layout = Layout(50, 6, packing.block_m)
+    layout = Layout(50, 6, 12, packing.block_m)
     numbers = filled(layout, [1] * 36, lengths).to(DEVICE)
     ops = TableOps(layout, numbers, padded=True)
     qkv[36:], hidden_TD[36:] = math.nan, math.nan

@@ -43,18 +43,28 @@ class Tables(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """Room for a batch of at most so many tokens and texts."""
+    """Room for a batch of at most so many tokens, texts and blocks of queries."""
 
     tokens: int
     texts: int
+    blocks: int
     # queries in a block of attention
     block_m: int
 
-    @property
-    def blocks(self) -> int:
-        """Most blocks of queries that so many texts can make of so many tokens."""
-        texts = min(self.texts, self.tokens)
-        return (self.tokens + texts * (self.block_m - 1)) // self.block_m
+    @classmethod
+    def of(cls, lengths: Sequence[int], dtype: torch.dtype) -> Layout:
+        """Room for texts of these lengths and nothing else."""
+        block_m = query_block(max(lengths, default=1), dtype)
+        blocks = sum(-(-length // block_m) for length in lengths)
+        return cls(sum(lengths), len(lengths), blocks, block_m)
+
+    @classmethod
+    def room(cls, tokens: int, texts: int, dtype: torch.dtype) -> Layout:
+        """Room for any division of so many tokens, or fewer, into so many texts, or fewer."""
+        # texts of a batch are alike, so the mean says how long the longest is
+        block_m = query_block(-(-tokens // texts), dtype)
+        blocks = (tokens + min(texts, tokens) * (block_m - 1)) // block_m
+        return cls(tokens, texts, blocks, block_m)
 
     @property
     def size(self) -> int:

@@ -53,7 +53,11 @@ class TableOps:
     ) -> Packing:
         """As `fused.pack`, of the tables: lengths and positions are not looked at."""
         cos, sin = fused.rotary_table(span, head_width, rotary_base, self.tables.live.device)
-        return Packing(self.tables.positions_T, cos, sin, self.tables.blocks, self._block_m)
+        # kept, for a recording reads them where they are
+        self._packing = Packing(
+            self.tables.positions_T, cos, sin, self.tables.blocks, self._block_m
+        )
+        return self._packing
 
     def mean_pool(self, hidden_TD: Tensor, lengths: Sequence[int]) -> Tensor:
         """As `fused.mean_pool`, (texts of the layout, D); NaN where a text is absent."""

@@ -1,0 +1,552 @@
+"""How a batch reaches the device, goes through the model and comes back.
+
+On a GPU nothing here waits for it but the one who asks for a result: ids and tables go there in one
+asynchronous copy from pinned memory, vectors come back in another. Small batches, whose kernels run
+faster than a host can launch them, replay a recorded forward (a CUDA graph).
+
+A recording has a fixed number of tokens and texts, its bucket. A batch takes the smallest that it
+fits; what is left over is padding, which is in no expert's group and no text's attention. Its
+vectors may differ in their last bits from those of a batch run as it is, and only because torch's
+matrix products choose an algorithm by the number of rows, and attention the size of its blocks.
+The products of the experts are cut alike: configurations are chosen by power of two, and the
+buckets lie so that the batch and its bucket have the same.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from bisect import bisect_left
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .config import NomicMoEConfig
+from .model import NomicMoEModel, NomicMoEOutput
+from .moe import Layout, Ops
+
+logger = logging.getLogger(__name__)
+
+# Tokens and texts of the buckets. Powers of two and the middles between them waste less than a third
+# of the rows of the dense products; texts cost only programs that leave at once. Above the largest
+# a forward is expected to take the GPU longer than its launches take the host: not measured yet.
+BUCKET_TOKENS = (
+    8,
+    16,
+    *(size for power in range(4, 12) for size in (3 << (power - 1), 2 << power)),
+)
+BUCKET_TEXTS = (1, 4, 16, 64, 256, 1024)
+
+# Recordings kept at a time, and the least recently used goes first. They share their buffers, so
+# that one more costs the driver's own bookkeeping alone, which is not measured yet.
+MOST_RECORDINGS = 64
+
+# tokens of a batch where memory is no concern; not tuned yet: on a GPU large enough for the matrix
+# products, on a CPU small enough that activations stay near a hundred megabytes
+BATCH_TOKENS = {"cpu": 4096, "cuda": 65_536}
+# the fewest a shortage of memory brings that down to; what still does not fit is halved when met
+_LEAST_BATCH_TOKENS = 512
+# of the free memory, the share that a batch may take: the rest is for fragmentation and others
+_MEMORY_SHARE = 0.8
+
+
+class Pooling(NamedTuple):
+    """What becomes of the hidden states of a text."""
+
+    # features to keep, and whether to normalise before and after dropping the others
+    dim: int
+    normalize_before: bool
+    normalize_after: bool
+
+
+def pool(ops: Ops, hidden_TD: Tensor, lengths: Sequence[int], pooling: Pooling) -> Tensor:
+    """Pool, truncate and normalise, (B, dim) float32."""
+    vectors = ops.mean_pool(hidden_TD, lengths)
+    if pooling.normalize_before:
+        vectors = F.normalize(vectors, dim=1)
+    vectors = vectors[:, : pooling.dim]
+    return F.normalize(vectors, dim=1) if pooling.normalize_after else vectors
+
+
+class Bucket(NamedTuple):
+    """The tokens and texts of a recording."""
+
+    tokens: int
+    texts: int
+
+
+def bucket_of(tokens: int, texts: int) -> Bucket | None:
+    """The smallest bucket a batch fits, or None if it fits none."""
+    by_tokens = bisect_left(BUCKET_TOKENS, tokens)
+    by_texts = bisect_left(BUCKET_TEXTS, texts)
+    if not tokens or by_tokens == len(BUCKET_TOKENS) or by_texts == len(BUCKET_TEXTS):
+        return None
+    return Bucket(BUCKET_TOKENS[by_tokens], BUCKET_TEXTS[by_texts])
+
+
+class Recording(Protocol):
+    """A step that can be run again."""
+
+    def replay(self) -> None:
+        """Run the step on what its buffers hold now."""
+        ...
+
+    def release(self) -> None:
+        """Give back what it holds; it is at rest."""
+        ...
+
+
+class Recorder(Protocol):
+    """What an engine asks of a device's graphs."""
+
+    def record(self, step: Callable[[], None]) -> Recording:
+        """Record a step that only reads and writes buffers which outlive the recording.
+
+        Raises:
+            RuntimeError: The step cannot be recorded.
+        """
+        ...
+
+    def turn(self) -> AbstractContextManager[None]:
+        """Within it, work is queued behind that of all turns before, on whatever stream it is."""
+        ...
+
+    def settle(self) -> None:
+        """Wait until the work of all turns is done."""
+        ...
+
+
+class CudaRecorder:
+    """CUDA graphs that share one pool of memory, which is safe since no two run at a time.
+
+    Args:
+        device: Where they run.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._pool = torch.cuda.graph_pool_handle()
+        # a pool's memory goes by stream: one for all, and they share it
+        self._stream = torch.cuda.Stream(device)
+        self._done = torch.cuda.Event()
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """As `Recorder.turn`, on the caller's current stream."""
+        stream = torch.cuda.current_stream(self._device)
+        stream.wait_event(self._done)
+        try:
+            yield
+        finally:
+            self._done.record(stream)
+
+    def settle(self) -> None:
+        """As `Recorder.settle`."""
+        self._done.synchronize()
+
+    def record(self, step: Callable[[], None]) -> Recording:
+        """As `Recorder.record`; waits for the device."""
+        caller = torch.cuda.current_stream(self._device)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
+            self._stream.wait_stream(caller)
+            # compiles kernels and fills caches, which may not happen while recording
+            step()
+            # while recording, torch cannot give memory back to make room
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+            # other threads may go on allocating
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                step()
+            finally:
+                graph.capture_end()
+        caller.wait_stream(self._stream)
+        return _CudaRecording(graph, self._device, step)
+
+
+class _CudaRecording:
+    def __init__(
+        self, graph: torch.cuda.CUDAGraph, device: torch.device, step: Callable[[], None]
+    ) -> None:
+        self._graph = graph
+        self._device = device
+        # holds what the graph reads
+        self._step = step
+
+    def replay(self) -> None:
+        with torch.cuda.device(self._device):
+            self._graph.replay()
+
+    def release(self) -> None:
+        self._graph.reset()
+
+
+def recorder_for(model: NomicMoEModel) -> Recorder | None:
+    """Make what records this model's forwards, if anything does."""
+    if model.device.type == "cuda" and model.backend.takes_tables:
+        return CudaRecorder(model.device)
+    return None
+
+
+class _Snapshot:
+    """What a recording has built in of its model, to tell when it is out of date."""
+
+    def __init__(self, model: NomicMoEModel) -> None:
+        self._modules = list(model.modules())
+        self._slots = [
+            (module._parameters, name)
+            for module in self._modules
+            for name, parameter in module._parameters.items()
+            if parameter is not None
+        ]
+        self._children = self._current_children()
+        self._rest = self._current_rest(model)
+        self._pointers = self._current_pointers()
+
+    def holds(self, model: NomicMoEModel) -> bool:
+        """Whether the model would still run the same kernels on the same memory."""
+        try:
+            return (
+                self._current_rest(model) == self._rest
+                and self._current_pointers() == self._pointers
+                and self._current_children() == self._children
+                # a recording runs no hooks
+                and not any(one._forward_hooks or one._forward_pre_hooks for one in self._modules)
+            )
+        except (KeyError, AttributeError):
+            # a parameter is gone
+            return False
+
+    def _current_pointers(self) -> list[int]:
+        return [slots[name].data_ptr() for slots, name in self._slots]  # type: ignore[union-attr]
+
+    def _current_children(self) -> list[int]:
+        return [id(child) for module in self._modules for child in module._modules.values()]
+
+    def _current_rest(self, model: NomicMoEModel) -> tuple[object, ...]:
+        return (model.device, model.dtype, model.backend, torch.get_float32_matmul_precision())
+
+
+class _Key(NamedTuple):
+    bucket: Bucket
+    pooling: Pooling
+
+
+class _Buffers(NamedTuple):
+    """What every recording reads and writes, each as much of it as it needs."""
+
+    # tables of the batch, int32
+    numbers: Tensor
+    # (texts, D) float32
+    vectors: Tensor
+
+
+class Engine:
+    """Runs batches of one model.
+
+    Threads may share it: those that replay take turns, and each finds its vectors copied away, on
+    its own current stream, before the next begins.
+
+    Args:
+        model: The model.
+        make_recorder: Makes what records its forwards, or None; tests put in their own.
+        most_recordings: Recordings kept at a time.
+    """
+
+    def __init__(
+        self,
+        model: NomicMoEModel,
+        *,
+        make_recorder: Callable[[NomicMoEModel], Recorder | None] = recorder_for,
+        most_recordings: int = MOST_RECORDINGS,
+    ) -> None:
+        self.model = model
+        self._make_recorder = make_recorder
+        self._most_recordings = most_recordings
+        self._lock = threading.Lock()
+        self._forget()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # locks and recordings belong to a process; a copy makes its own
+        return type(self), (self.model,)
+
+    def _forget(self) -> None:
+        self._recorder: Recorder | None = None
+        self._snapshot: _Snapshot | None = None
+        self._buffers: _Buffers | None = None
+        self._recordings: OrderedDict[_Key, Recording] = OrderedDict()
+        # met once, not recorded yet; and those that could not be
+        self._met: set[_Key] = set()
+        self._refused: set[_Key] = set()
+
+    @property
+    def recordings(self) -> list[Bucket]:
+        """Buckets that have a recording, the least recently used first."""
+        return [key.bucket for key in self._recordings]
+
+    @torch.no_grad()
+    def forward(
+        self, ids: Sequence[int], lengths: Sequence[int], *, routing: bool = False
+    ) -> tuple[NomicMoEOutput, Ops]:
+        """Queue a forward of a batch as it is.
+
+        Args:
+            ids: Token ids of all texts, end to end.
+            lengths: Tokens of each text.
+            routing: Return the router's choices.
+
+        Returns:
+            The output, and the kernels to pool it with.
+        """
+        model, backend = self.model, self.model.backend
+        if not backend.takes_tables:
+            is_cuda = model.device.type == "cuda"
+            ids_T = torch.tensor(ids, dtype=torch.int64, pin_memory=is_cuda)
+            ids_T = ids_T.to(model.device, non_blocking=True)
+            output = model.forward_packed(ids_T, lengths, output_routing=routing)
+            return output, backend.ops
+        layout = Layout.of(lengths, model.dtype)
+        numbers = self._tables(layout, ids, lengths).to(model.device, non_blocking=True)
+        ops = backend.table_ops(layout, numbers, padded=False)
+        return model.forward_tables(ops, output_routing=routing), ops
+
+    @torch.no_grad()
+    def embed(
+        self, ids: Sequence[int], lengths: Sequence[int], pooling: Pooling, *, to_host: bool
+    ) -> Callable[[], Tensor]:
+        """Queue a batch.
+
+        Args:
+            ids: Token ids of all texts, end to end.
+            lengths: Tokens of each text, at least 1.
+            pooling: What to make of them.
+            to_host: Bring the vectors to the host.
+
+        Returns:
+            A function that waits for the batch and returns its vectors, (B, dim) float32.
+
+        Raises:
+            torch.OutOfMemoryError: The batch does not fit.
+        """
+        bucket = bucket_of(len(ids), len(lengths))
+        if bucket is not None:
+            pending = self._replay(_Key(bucket, pooling), ids, lengths, to_host)
+            if pending is not None:
+                return pending
+        output, ops = self.forward(ids, lengths)
+        vectors = pool(ops, output.last_hidden_state, lengths, pooling)
+        return _fetch(vectors, to_host)
+
+    @torch.no_grad()
+    def prepare(self, texts: int, longest: int, pooling: Pooling) -> None:
+        """Record every bucket that a batch of so many texts, each up to so many tokens, can meet.
+
+        Larger batches run once, as they are. Either way their kernels are compiled. On a CPU, where
+        nothing is recorded, one small batch runs.
+        """
+        most = texts * longest
+        if self._make_recorder is recorder_for and self.model.device.type != "cuda":
+            self.embed([0] * min(8, longest), [min(8, longest)], pooling, to_host=True)()
+            return
+        for tokens in BUCKET_TOKENS:
+            at_most = min(tokens, most)
+            bucket = bucket_of(at_most, texts)
+            if at_most < texts or bucket is None or bucket.tokens < tokens:
+                continue
+            batch = _even_batch(at_most, texts)
+            if self._replay(_Key(bucket, pooling), *batch, False, record=True) is None:
+                self.embed(*batch, pooling, to_host=False)()
+        if bucket_of(most, texts) is None:
+            tokens = max(texts, min(most, token_budget(self.model)))
+            self.embed(*_even_batch(tokens, texts), pooling, to_host=False)()
+
+    def reset(self) -> None:
+        """Drop all recordings and what they hold."""
+        with self._lock:
+            self._drop()
+
+    def relieve(self) -> None:
+        """Give back what memory can be given back."""
+        self.reset()
+        if self.model.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _drop(self) -> None:
+        if self._recorder is not None:
+            self._recorder.settle()
+        for recording in self._recordings.values():
+            recording.release()
+        self._forget()
+
+    def _replay(
+        self,
+        key: _Key,
+        ids: Sequence[int],
+        lengths: Sequence[int],
+        to_host: bool,
+        *,
+        record: bool = False,
+    ) -> Callable[[], Tensor] | None:
+        """Queue a batch by its bucket's recording; None where there is none, and none is due.
+
+        A bucket is recorded when it is met for the second time, lest every odd batch pay for a
+        recording that nobody replays.
+        """
+        model = self.model
+        # autocast changes what a forward launches
+        if torch.is_autocast_enabled(model.device.type):
+            return None
+        with self._lock:
+            if self._snapshot is None or not self._snapshot.holds(model):
+                self._drop()
+                snapshot = _Snapshot(model)
+                if not snapshot.holds(model):
+                    return None
+                self._snapshot, self._recorder = snapshot, self._make_recorder(model)
+            if self._recorder is None:
+                return None
+            if key not in self._recordings and not record and key not in self._met:
+                self._met.add(key)
+                return None
+            if key in self._refused:
+                return None
+            layout = Layout.room(*key.bucket, model.dtype)
+            try:
+                with self._recorder.turn():
+                    buffers = self._room()
+                    numbers = buffers.numbers[: layout.size]
+                    numbers.copy_(self._tables(layout, ids, lengths), non_blocking=True)
+                    self._recorded(key, layout).replay()
+                    return _fetch(buffers.vectors[: len(lengths), : key.pooling.dim], to_host, True)
+            except _RefusedError as refusal:
+                self._refused.add(key)
+                reason = str(refusal)
+        logger.warning(
+            "batches of up to %d tokens in %d texts cannot be recorded, and are launched kernel by "
+            "kernel: %s",
+            *key.bucket,
+            reason,
+        )
+        return None
+
+    def _recorded(self, key: _Key, layout: Layout) -> Recording:
+        """The recording of a bucket, made where there is none; the buffers hold a batch of it."""
+        assert self._recorder is not None
+        recording = self._recordings.get(key)
+        if recording is None:
+            while len(self._recordings) >= self._most_recordings:
+                self._recorder.settle()
+                self._recordings.popitem(last=False)[1].release()
+            try:
+                recording = self._recorder.record(self._step(key, layout))
+            except RuntimeError as error:
+                raise _RefusedError(str(error)) from None
+            self._recordings[key] = recording
+        self._recordings.move_to_end(key)
+        return recording
+
+    def _step(self, key: _Key, layout: Layout) -> Callable[[], None]:
+        """A forward from buffer to buffer; it names no length but the bucket's."""
+        model, buffers = self.model, self._room()
+        numbers = buffers.numbers[: layout.size]
+        vectors = buffers.vectors[: layout.texts, : key.pooling.dim]
+        ops = model.backend.table_ops(layout, numbers, padded=True)
+
+        @torch.no_grad()
+        def step() -> None:
+            output = model.forward_tables(ops)
+            vectors.copy_(pool(ops, output.last_hidden_state, [], key.pooling))
+
+        return step
+
+    def _room(self) -> _Buffers:
+        if self._buffers is None:
+            model = self.model
+            largest = max(
+                Layout.room(tokens, texts, model.dtype).size
+                for tokens in BUCKET_TOKENS
+                for texts in BUCKET_TEXTS
+            )
+            # made in inference mode they could not be written outside it
+            with torch.inference_mode(False):
+                self._buffers = _Buffers(
+                    torch.zeros(largest, dtype=torch.int32, device=model.device),
+                    torch.zeros(
+                        *(BUCKET_TEXTS[-1], model.config.n_embd),
+                        dtype=torch.float32,
+                        device=model.device,
+                    ),
+                )
+        return self._buffers
+
+    def _tables(self, layout: Layout, ids: Sequence[int], lengths: Sequence[int]) -> Tensor:
+        # torch keeps pinned memory from being used again until the device has read it
+        is_cuda = self.model.device.type == "cuda"
+        numbers = torch.empty(layout.size, dtype=torch.int32, pin_memory=is_cuda)
+        layout.fill(numbers, ids, lengths)
+        return numbers
+
+
+class _RefusedError(RuntimeError):
+    """A forward could not be recorded."""
+
+
+def token_budget(model: NomicMoEModel) -> int:
+    """The tokens of a batch: what the free memory of a GPU takes, and no more than is of use."""
+    device = model.device
+    most = BATCH_TOKENS.get(device.type, BATCH_TOKENS["cpu"])
+    if device.type != "cuda":
+        return most
+    free, _ = torch.cuda.mem_get_info(device)
+    # what torch keeps for itself without using it
+    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    per_token = bytes_per_token(model.config, model.dtype, fused=model.backend.takes_tables)
+    return max(_LEAST_BATCH_TOKENS, min(most, int(_MEMORY_SHARE * free) // per_token))
+
+
+def bytes_per_token(config: NomicMoEConfig, dtype: torch.dtype, *, fused: bool) -> int:
+    """Bytes of activations that a token adds to a forward at its widest, between two experts.
+
+    There are the layer's input, what attention made of it, their sum and the result, D each; K rows
+    in expert order and K of the experts' results, D each; K rows in between, F each; and the
+    routing, three numbers of 8 bytes a choice. Plain torch holds two of the wide rows at a time,
+    and the results in float32 as well.
+    """
+    D, F, K = config.n_embd, config.ffn_width, config.moe_top_k
+    numbers = 4 * D + 2 * K * D + K * F
+    if fused:
+        return dtype.itemsize * numbers + 24 * K
+    return dtype.itemsize * (numbers + K * F) + 8 * K * D + 24 * K
+
+
+def _even_batch(tokens: int, texts: int) -> tuple[list[int], list[int]]:
+    """A batch of as many texts, about as long as each other; ids and lengths."""
+    lengths = [tokens // texts + (text < tokens % texts) for text in range(texts)]
+    return [0] * tokens, lengths
+
+
+def _fetch(vectors: Tensor, to_host: bool, is_buffer: bool = False) -> Callable[[], Tensor]:
+    """Queue a batch's vectors on their way; the result waits for them."""
+    if not vectors.is_cuda:
+        taken = vectors.clone() if is_buffer else vectors
+        return lambda: taken
+    with torch.cuda.device(vectors.device):
+        if to_host:
+            taken = torch.empty(vectors.shape, dtype=vectors.dtype, pin_memory=True)
+            taken.copy_(vectors, non_blocking=True)
+        else:
+            taken = vectors.clone() if is_buffer else vectors
+        arrived = torch.cuda.Event()
+        arrived.record()
+
+    def wait() -> Tensor:
+        arrived.synchronize()
+        return taken
+
+    return wait
