@@ -32,7 +32,7 @@ from .moe import Layout, Ops
 
 logger = logging.getLogger(__name__)
 
-# Tokens and texts of the buckets. Powers of two and the middles between them waste less than a third
+# Tokens and texts of the buckets. Powers of two and those midway between waste less than a third
 # of the rows of the dense products; texts cost only programs that leave at once. Above the largest
 # a forward is expected to take the GPU longer than its launches take the host: not measured yet.
 BUCKET_TOKENS = (

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from nomoe import Encoder, data
+from nomoe import Encoder, data, pipeline
 from nomoe.engine import BATCH_TOKENS
 
 TEXTS = [text for group in data.sentences().values() for text in group]
@@ -188,6 +188,77 @@ def test_many_windows(encoder: Encoder) -> None:
     parts = list(encoder.stream(iter(texts), "query", batch_tokens=budget))
     assert len(parts) > 50
     np.testing.assert_array_equal(np.concatenate(parts), vectors)
+
+
+def test_what_does_not_fit_in_memory_is_halved(
+    encoder: Encoder, monkeypatch: pytest.MonkeyPatch, warnings_of_nomoe: pytest.LogCaptureFixture
+) -> None:
+    texts = TEXTS * 4
+    right = encoder.encode(texts, "query")
+    tokens = encoder.encode(texts, "query", output_value="token_embeddings")
+    routes = encoder.route(texts, "query")
+    forward = encoder.model.forward_packed
+
+    def cramped(ids_T: torch.Tensor, *arguments: Any, **options: Any) -> Any:
+        if len(ids_T) > 100:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(ids_T, *arguments, **options)
+
+    monkeypatch.setattr(encoder.model, "forward_packed", cramped)
+    assert np.abs(encoder.encode(texts, "query") - right).max() <= DRIFT
+    assert len(warnings_of_nomoe.records) == 1
+    streamed = np.concatenate(list(encoder.stream(texts, "query")))
+    assert np.abs(streamed - right).max() <= DRIFT
+    for one, other in zip(
+        encoder.encode(texts, "query", output_value="token_embeddings"), tokens, strict=True
+    ):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
+    again = encoder.route(texts, "query")
+    for one, other in zip(again.experts, routes.experts, strict=True):
+        np.testing.assert_array_equal(one, other)
+    with pytest.raises(torch.OutOfMemoryError, match="a text of 512 tokens does not fit"):
+        encoder.encode(["word " * 600, *texts], "query")
+
+
+def test_two_batches_under_way_give_the_same_vectors(
+    encoder: Encoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, where a window's last batch is waited for after the next window's first."""
+    run_batches = pipeline.run_batches
+    monkeypatch.setattr(
+        pipeline, "run_batches", lambda *given, depth, **rest: run_batches(*given, depth=2, **rest)
+    )
+    texts = [f"{text} {i}" for i, text in enumerate(TEXTS * 3)]
+    ahead = list(encoder.stream(iter(texts), "query", batch_tokens=32))
+    monkeypatch.undo()
+    plain = list(encoder.stream(iter(texts), "query", batch_tokens=32))
+    assert len(plain) == len(ahead) > 10
+    for one, other in zip(ahead, plain, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("texts", [1, 20])
+def test_warmup(encoder: Encoder, monkeypatch: pytest.MonkeyPatch, texts: int) -> None:
+    forward, ran = encoder.model.forward_packed, []
+
+    def counted(ids_T: torch.Tensor, lengths: list[int], **options: Any) -> Any:
+        ran.append(lengths)
+        return forward(ids_T, lengths, **options)
+
+    monkeypatch.setattr(encoder.model, "forward_packed", counted)
+    assert encoder.warmup(texts) is encoder
+    assert ran == [[8]], "a CPU records nothing: one small batch"
+    with pytest.raises(ValueError, match="texts is 0, expected at least 1"):
+        encoder.warmup(0)
+    with pytest.raises(ValueError, match="truncate_dim is 97"):
+        encoder.warmup(truncate_dim=97)
+
+
+def test_another_model_gets_another_engine(encoder: Encoder, tiny_folder: Path) -> None:
+    encoder.encode_query("a")
+    other = Encoder.from_pretrained(tiny_folder, device="cpu", dtype="bfloat16")
+    encoder.model = other.model
+    np.testing.assert_array_equal(encoder.encode_query("a"), other.encode_query("a"))
 
 
 def test_stream_reads_lazily_and_holds_little(encoder: Encoder) -> None:
