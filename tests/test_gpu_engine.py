@@ -1,0 +1,311 @@
+"""What only a CUDA device can show of the engine: recorded forwards, streams, threads, memory."""
+
+from __future__ import annotations
+
+import copy
+import random
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from nomoe import Encoder, NomicMoEModel, engine
+from nomoe.engine import Bucket, Engine, Pooling, pool
+
+pytestmark = pytest.mark.gpu
+
+POOLING = Pooling(768, False, True)
+# 1 - cosine of a text: at most where no expert flips, and where one does; see nomoe verify
+ALIKE = {torch.float32: (1e-9, 1e-9), torch.float16: (5e-6, 1e-4), torch.bfloat16: (2e-3, 2e-2)}
+# one query, its lengths; one long text; batches; texts that differ; more texts than a power of four
+SHAPES = [
+    *([1], [3], [8], [9], [16], [17], [40], [129], [512]),
+    *([128] * 32, [16] * 16, [7] * 5, [512, 3, 90], [2] * 100, [300, 200, 100, 50]),
+]
+
+
+@pytest.fixture(scope="module", params=[torch.float16, torch.float32], ids=str)
+def model(request: pytest.FixtureRequest, full_width: NomicMoEModel) -> NomicMoEModel:
+    """The real sizes, few layers, on the triton backend."""
+    model = copy.deepcopy(full_width).to("cuda", request.param)
+    assert model.backend.name == "triton"
+    return model
+
+
+def ids_of(model: NomicMoEModel, count: int, seed: int = 0) -> list[int]:
+    generator = random.Random(seed)
+    return [generator.randrange(4, model.config.embedding_rows) for _ in range(count)]
+
+
+@torch.no_grad()
+def eager(model: NomicMoEModel, ids: list[int], lengths: list[int]) -> Tensor:
+    hidden_TD = model.forward_packed(torch.tensor(ids, device="cuda"), lengths)[0]
+    return pool(model.backend.ops, hidden_TD, lengths, POOLING).cpu()
+
+
+def check_alike(got: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
+    assert got.shape == expected.shape
+    distances = 1 - (got.double() * expected.double()).sum(1)
+    usual, worst = ALIKE[dtype]
+    assert distances.median() <= usual
+    assert distances.max() <= worst
+
+
+@pytest.mark.parametrize("to_host", [True, False])
+def test_a_replay_is_the_forward(model: NomicMoEModel, to_host: bool) -> None:
+    runner = Engine(model)
+    for repeat in range(3):
+        for shape, lengths in enumerate(SHAPES):
+            ids = ids_of(model, sum(lengths), seed=100 * repeat + shape)
+            got = runner.embed(ids, lengths, POOLING, to_host=to_host)()
+            assert got.is_cuda != to_host
+            check_alike(got.cpu(), eager(model, ids, lengths), model.dtype)
+    met = {engine.bucket_of(sum(lengths), len(lengths)) for lengths in SHAPES}
+    assert set(runner.recordings) == met
+
+
+def test_a_replay_repeats_bit_for_bit(model: NomicMoEModel) -> None:
+    runner = Engine(model)
+    runner.prepare(1, 40, POOLING)
+    ids, others = ids_of(model, 30), ids_of(model, 27, seed=1)
+    first = runner.embed(ids, [30], POOLING, to_host=True)()
+    for _ in range(50):
+        runner.embed(others, [27], POOLING, to_host=True)()
+        assert torch.equal(runner.embed(ids, [30], POOLING, to_host=True)(), first)
+
+
+@pytest.mark.parametrize("lengths", [[16], [128] * 32, [512] * 20], ids=len)
+def test_nobody_waits_for_the_device(model: NomicMoEModel, lengths: list[int]) -> None:
+    ids = ids_of(model, sum(lengths))
+    ids_T = torch.tensor(ids, device="cuda")
+    runner = Engine(model)
+
+    def both() -> Any:
+        with torch.no_grad():
+            model.forward_packed(ids_T, lengths)
+        return runner.embed(ids, lengths, POOLING, to_host=True)
+
+    for _ in range(2):
+        both()()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        pending = both()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    check_alike(pending(), eager(model, ids, lengths), model.dtype)
+
+
+def test_batches_queue_up_before_the_first_is_done(model: NomicMoEModel) -> None:
+    lengths = [512] * 40
+    ids = ids_of(model, sum(lengths))
+    runner = Engine(model)
+    expected = runner.embed(ids, lengths, POOLING, to_host=True)()
+    # the device is kept busy long enough for the host to run ahead
+    torch.cuda._sleep(500_000_000)
+    done = torch.cuda.Event()
+    done.record()
+    pending = [runner.embed(ids, lengths, POOLING, to_host=True) for _ in range(2)]
+    assert not done.query(), "both were queued while the device was still at what came before"
+    for one in pending:
+        assert torch.equal(one(), expected)
+
+
+def test_a_users_stream(model: NomicMoEModel) -> None:
+    runner = Engine(model)
+    runner.prepare(1, 64, POOLING)
+    ids = [ids_of(model, 50, seed=seed) for seed in range(8)]
+    right = [eager(model, one, [50]) for one in ids]
+    streams = [torch.cuda.Stream() for _ in range(3)]
+    pending = []
+    for turn, one in enumerate(ids):
+        # each on another stream, with none waited for in between
+        with torch.cuda.stream(streams[turn % 3]):
+            torch.cuda._sleep(2_000_000 * (turn % 3))
+            pending.append(runner.embed(one, [50], POOLING, to_host=turn % 2 == 0))
+    for got, expected in zip(pending, right, strict=True):
+        check_alike(got().cpu(), expected, model.dtype)
+
+
+@pytest.mark.parametrize("prepared", [True, False])
+def test_two_threads(model: NomicMoEModel, prepared: bool) -> None:
+    """Not prepared, one records while the other allocates and runs."""
+    runner = Engine(model)
+    if prepared:
+        runner.prepare(1, 64, POOLING)
+    right = {
+        seed: eager(model, ids_of(model, 20 + 9 * seed, seed), [20 + 9 * seed]) for seed in range(4)
+    }
+    failures: list[BaseException] = []
+
+    def work(seeds: list[int]) -> None:
+        try:
+            with torch.cuda.stream(torch.cuda.Stream()):
+                for _ in range(20):
+                    for seed in seeds:
+                        length = 20 + 9 * seed
+                        ids = ids_of(model, length, seed)
+                        got = runner.embed(ids, [length], POOLING, to_host=True)()
+                        check_alike(got, right[seed], model.dtype)
+        except BaseException as failure:
+            failures.append(failure)
+
+    threads = [threading.Thread(target=work, args=(seeds,)) for seeds in ([0, 1, 2], [3, 1, 0])]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures, failures
+
+
+def test_recordings_share_their_memory(model: NomicMoEModel) -> None:
+    runner = Engine(model)
+    most = engine.BUCKET_TOKENS[-1]
+    before = torch.cuda.memory_reserved()
+    runner.embed(ids_of(model, most), [512] * 8, POOLING, to_host=True)()
+    runner.embed(ids_of(model, most), [512] * 8, POOLING, to_host=True)()
+    largest = torch.cuda.memory_reserved() - before
+    runner.prepare(1, 512, POOLING)
+    runner.prepare(32, 128, POOLING)
+    assert len(runner.recordings) > 20
+    torch.cuda.empty_cache()
+    grown = torch.cuda.memory_reserved() - before
+    print(f"one recording {largest >> 20} MiB, {len(runner.recordings)} of them {grown >> 20} MiB")
+    assert grown < 2 * largest + (64 << 20)
+    runner.reset()
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved() - before < 64 << 20
+
+
+def test_changed_weights_are_not_replayed(full_width: NomicMoEModel) -> None:
+    model = copy.deepcopy(full_width).to("cuda", torch.float16)
+    runner = Engine(model)
+    ids = ids_of(model, 16)
+
+    def both() -> tuple[Tensor, Tensor]:
+        for _ in range(3):
+            got = runner.embed(ids, [16], POOLING, to_host=True)()
+        return got, eager(model, ids, [16])
+
+    before, _ = both()
+    model.load_state_dict(
+        {name: one.clone() * 1.1 for name, one in model.state_dict().items()}, assign=True
+    )
+    after, expected = both()
+    check_alike(after, expected, torch.float16)
+    assert (after - before).abs().max() > 1e-3
+    model.to(torch.float32)
+    check_alike(*both(), torch.float32)
+
+
+def test_forward_packed_in_a_graph_of_ones_own(model: NomicMoEModel) -> None:
+    lengths = [100, 7, 33]
+    ids_T = torch.tensor(ids_of(model, 140), device="cuda")
+    with torch.no_grad():
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            model.forward_packed(ids_T, lengths)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            hidden_TD = model.forward_packed(ids_T, lengths)[0]
+        for seed in range(3):
+            ids_T.copy_(torch.tensor(ids_of(model, 140, seed)))
+            # what pinned memory the recording left behind is used again here
+            model.forward_packed(ids_T.flip(0), [1] * 140)
+            graph.replay()
+            assert torch.equal(hidden_TD, model.forward_packed(ids_T, lengths)[0])
+
+
+def test_forward_packed_compiled_by_inductor(model: NomicMoEModel) -> None:
+    lengths = [100, 7, 33]
+    whole = torch.compile(
+        lambda ids_T: model.forward_packed(ids_T, lengths)[0].float() * 2, fullgraph=True
+    )
+    ids_T = torch.tensor(ids_of(model, 140), device="cuda")
+    with torch.no_grad():
+        expected_TD = model.forward_packed(ids_T, lengths)[0].float() * 2
+        torch.testing.assert_close(whole(ids_T), expected_TD, atol=0, rtol=0)
+
+
+# --- the encoder ---
+
+
+@pytest.fixture
+def restored_memory() -> Iterator[None]:
+    yield
+    torch.cuda.set_per_process_memory_fraction(1.0)
+    torch.cuda.empty_cache()
+
+
+def mixed_texts(count: int) -> list[str]:
+    generator = random.Random(0)
+    return [
+        " ".join(f"word{generator.randrange(1000)}" for _ in range(generator.randint(1, 120)))
+        for _ in range(count)
+    ]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_two_thousand_texts_are_each_what_it_is_alone(tiny_folder: Path, dtype: str) -> None:
+    encoder = Encoder.from_pretrained(tiny_folder, device="cuda", dtype=dtype, backend="triton")
+    texts = mixed_texts(2000)
+    together = torch.from_numpy(encoder.encode_document(texts))
+    alone = torch.from_numpy(np.stack([encoder.encode_document(text) for text in texts]))
+    distances = 1 - (together.double() * alone.double()).sum(1)
+    # at width 96, with random routers, a flipped expert moves a text further than at 768
+    assert distances.median() <= (1e-9 if dtype == "float32" else 1e-5)
+    assert (distances > 1e-4).float().mean() <= (0.001 if dtype == "float32" else 0.1)
+    streamed = np.concatenate(list(encoder.stream(texts, "document")))
+    np.testing.assert_array_equal(streamed, together.numpy())
+    tensors = encoder.encode_document(texts, convert_to_tensor=True)
+    assert tensors.is_cuda
+    np.testing.assert_array_equal(tensors.cpu().numpy(), together.numpy())
+
+
+@pytest.mark.usefixtures("restored_memory")
+def test_memory_that_runs_out(
+    tiny_folder: Path, warnings_of_nomoe: pytest.LogCaptureFixture
+) -> None:
+    encoder = Encoder.from_pretrained(tiny_folder, device="cuda", dtype="float32")
+    texts = mixed_texts(2000)
+    right = encoder.encode_document(texts, batch_tokens=4096)
+    encoder._engine.relieve()
+    total = torch.cuda.get_device_properties(0).total_memory
+    # room for a few thousand tokens beside the weights
+    room = torch.cuda.memory_reserved() + (64 << 20)
+    torch.cuda.set_per_process_memory_fraction(room / total)
+    got = encoder.encode_document(texts, batch_tokens=1 << 20)
+    assert len(warnings_of_nomoe.records) == 1
+    assert "did not fit in memory" in warnings_of_nomoe.text
+    distances = 1 - (torch.from_numpy(got).double() * torch.from_numpy(right).double()).sum(1)
+    assert (distances > 1e-6).float().mean() <= 0.001
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_allocated() + (1 << 20)) / total)
+    with pytest.raises(torch.OutOfMemoryError, match="even by itself"):
+        encoder.encode_document("word " * 500)
+
+
+def test_warmup_leaves_nothing_to_record(tiny_folder: Path) -> None:
+    encoder = Encoder.from_pretrained(tiny_folder, device="cuda").warmup()
+    recorded = set(encoder._engine.recordings)
+    assert {Bucket(16, 1), Bucket(512, 1)} <= recorded
+    for words in range(1, 520, 7):
+        encoder.encode_query("a " * words)
+    assert set(encoder._engine.recordings) == recorded
+
+
+def test_an_encoder_moved_away_and_back(tiny_folder: Path) -> None:
+    encoder = Encoder.from_pretrained(tiny_folder, device="cuda", dtype="float32").warmup()
+    before = encoder.encode_query("a")
+    encoder.to("cpu")
+    torch.cuda.empty_cache()
+    assert np.abs(encoder.encode_query("a") - before).max() < 1e-5
+    encoder.to("cuda")
+    for _ in range(3):
+        assert np.abs(encoder.encode_query("a") - before).max() < 1e-6
