@@ -433,3 +433,31 @@ def test_counts_below_one_are_refused(option, bench_encoder, capsys):
         bench_encoder.main(["--smoke", f"{option}=0"])
     assert stopped.value.code == 2
     assert f"{option} is 0" in capsys.readouterr().err
+
+
+def test_smoke_run_of_the_engine(tmp_path):
+    command = ["benchmarks/bench_engine.py", "--smoke", "--device=cpu", "--repeats=2"]
+    search = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, *command, "--corpus-repeats=1", "--output", str(tmp_path)],
+        cwd=ROOT,
+        env=environment | {"PYTHONPATH": search, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    record = json.loads(next(tmp_path.glob("*-bench_engine-cpu-float32-smoke.json")).read_text())
+    titles = ["one query", "1 text of 16 tokens", "3 texts of 8 tokens"]
+    assert [case["title"] for case in record["cases"]] == [
+        *titles,
+        "40 texts of 8 to 512 tokens",
+    ]
+    for case in record["cases"]:
+        around, launched = case["contenders"]
+        assert launched["name"] == case["baseline"] == "forward, launched"
+        assert around["deviation"]["max_abs"] <= 1e-3
+    # every length from 8 to 512 is as likely, and the prompt adds a few
+    assert 40 * 180 < record["cases"][-1]["tokens"] < 40 * 360
+    assert record["settings"]["token budget"] == 4096

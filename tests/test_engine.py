@@ -10,8 +10,9 @@ import copy
 import logging
 import math
 import pickle
-import threading
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -39,6 +40,7 @@ class Rerun:
     def __init__(self) -> None:
         self.records = self.replays = self.releases = 0
         self.in_turn = False
+        self.pause = 0.0
 
     def record(self, step: Callable[[], None]) -> Rerun.Recording:
         assert self.in_turn
@@ -65,6 +67,7 @@ class Rerun:
         def replay(self) -> None:
             assert self._recorder.in_turn
             self._recorder.replays += 1
+            time.sleep(self._recorder.pause)
             self._step()
 
         def release(self) -> None:
@@ -327,21 +330,21 @@ def test_inference_mode_comes_and_goes(model: Any) -> None:
 
 
 def test_threads_take_turns(model: Any) -> None:
-    runner, _ = engine_of(model)
+    runner, recorder = engine_of(model)
+    for _ in range(2):
+        run(runner, [4, 3])
     right = {seed: expected(model, [4, 3], seed=seed) for seed in range(4)}
-    wrong = []
+    # time for another thread to come in between
+    recorder.pause = 0.01
 
-    def work(seed: int) -> None:
-        for _ in range(3):
-            if not torch.allclose(run(runner, [4, 3], seed=seed), right[seed], atol=DRIFT, rtol=0):
-                wrong.append(seed)
+    def work(seed: int) -> bool:
+        return all(
+            torch.allclose(run(runner, [4, 3], seed=seed), right[seed], atol=DRIFT, rtol=0)
+            for _ in range(3)
+        )
 
-    threads = [threading.Thread(target=work, args=(seed,)) for seed in right]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
+    with ThreadPoolExecutor(4) as threads:
+        assert list(threads.map(work, right)) == [True] * 4
 
 
 def test_preparing_records_what_such_calls_meet(model: Any) -> None:

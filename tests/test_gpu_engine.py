@@ -31,7 +31,7 @@ SHAPES = [
 
 @pytest.fixture(scope="module", params=[torch.float16, torch.float32], ids=str)
 def model(request: pytest.FixtureRequest, full_width: NomicMoEModel) -> NomicMoEModel:
-    """The real sizes, few layers, on the triton backend."""
+    """The real sizes, but for the vocabulary, on the triton backend."""
     model = copy.deepcopy(full_width).to("cuda", request.param)
     assert model.backend.name == "triton"
     return model
@@ -282,13 +282,9 @@ def test_memory_that_runs_out(
     room = torch.cuda.memory_reserved() + (64 << 20)
     torch.cuda.set_per_process_memory_fraction(room / total)
     got = encoder.encode_document(texts, batch_tokens=1 << 20)
-    assert len(warnings_of_nomoe.records) == 1
-    assert "did not fit in memory" in warnings_of_nomoe.text
+    assert warnings_of_nomoe.text.count("did not fit in memory") == 1
     distances = 1 - (torch.from_numpy(got).double() * torch.from_numpy(right).double()).sum(1)
     assert (distances > 1e-6).float().mean() <= 0.001
-    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_allocated() + (1 << 20)) / total)
-    with pytest.raises(torch.OutOfMemoryError, match="even by itself"):
-        encoder.encode_document("word " * 500)
 
 
 def test_warmup_leaves_nothing_to_record(tiny_folder: Path) -> None:

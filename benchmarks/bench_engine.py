@@ -1,0 +1,259 @@
+"""Time what lies around a forward: from strings to vectors, in queries, batches and a corpus.
+
+    python benchmarks/bench_engine.py                 on a GPU where there is one, in its dtype
+    python benchmarks/bench_engine.py --smoke         a toy model and few texts, in seconds
+
+Each case also times its forward alone: launched kernel by kernel from ids on the device, and on a
+GPU replayed as a graph. A case's ratio to "forward, launched" is therefore what the way there and
+back costs; of the corpus, it is also the share of the time in which the GPU is busy, as far as a
+forward keeps it so. Weights are random, at the real sizes. Each output has to agree with forwards
+of one text at a time; otherwise the run ends with no speed. Results go to benchmarks/results/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import harness
+import torch
+from harness import Case, Contender, Deviation
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from nomoe import Encoder, data, synthetic
+from nomoe.batching import make_batches
+from nomoe.engine import Engine, Pooling, pool, token_budget
+from nomoe.model import DTYPES, resolve_device, resolve_dtype
+from nomoe.moe import Layout
+
+SEED = 0
+# (texts, tokens of each)
+BATCHES = [(32, 128), (256, 128), (128, 512)]
+SMOKE_BATCHES = [(3, 8)]
+CORPUS_TEXTS, SMOKE_CORPUS_TEXTS = 10_000, 40
+# of unit vectors, between forwards of the same weights in the same dtype: in 16 bits a token near a
+# tie may go to other experts
+BOUNDS = {
+    "float32": Deviation(cosine_distance=1e-8, max_abs=1e-3),
+    "float16": Deviation(cosine_distance=1e-4, max_abs=0.1),
+    "bfloat16": Deviation(cosine_distance=5e-3, max_abs=0.3),
+}
+LAUNCHED = "forward, launched"
+
+
+def draw_corpus(encoder: Encoder, count: int) -> list[str]:
+    """Draw texts of 8 to 512 tokens, all lengths as likely, from the words of twenty languages."""
+    generator = random.Random(SEED)
+    words = " ".join(chain.from_iterable(data.sentences().values())).split()
+    # every word alone costs two tokens more
+    ids = encoder.tokenizer(words, 512).ids
+    cost = {word: max(1, len(one) - 2) for word, one in zip(words, ids, strict=True)}
+    texts = []
+    for _ in range(count):
+        room = generator.randint(8, 512) - 2
+        text: list[str] = []
+        while room > 0:
+            text.append(generator.choice(words))
+            room -= cost[text[-1]]
+        texts.append(" ".join(text))
+    return texts
+
+
+class Forward:
+    """Forwards from ids that are on the device already, as batches of a token budget."""
+
+    def __init__(self, runner: Engine, texts: Sequence[list[int]], pooling: Pooling) -> None:
+        self.model, self.pooling = runner.model, pooling
+        lengths = [len(ids) for ids in texts]
+        self.order: list[int] = []
+        self.batches: list[tuple[Tensor, list[int]]] = []
+        for positions in make_batches(lengths, token_budget(self.model), None):
+            ids = list(chain.from_iterable(texts[position] for position in positions))
+            self.order += positions
+            self.batches.append(
+                (torch.tensor(ids, device=self.model.device), [lengths[p] for p in positions])
+            )
+
+    @torch.no_grad()
+    def __call__(self) -> Tensor:
+        """Vectors of all texts, (n, D), in the order given."""
+        ops, parts = self.model.backend.ops, []
+        for ids_T, lengths in self.batches:
+            hidden_TD = self.model.forward_packed(ids_T, lengths).last_hidden_state
+            parts.append(pool(ops, hidden_TD, lengths, self.pooling))
+        rows = torch.cat(parts)
+        return torch.empty_like(rows).index_copy_(
+            0, torch.tensor(self.order, device=rows.device), rows
+        )
+
+
+def replayed(runner: Engine, ids: list[int], lengths: list[int], pooling: Pooling) -> Any:
+    """The forward of a batch as a graph, with room for nothing else and nothing copied."""
+    model = runner.model
+    layout = Layout.of(lengths, model.dtype)
+    numbers = torch.zeros(layout.size, dtype=torch.int32)
+    layout.fill(numbers, ids, lengths)
+    ops = model.backend.table_ops(layout, numbers.to(model.device), padded=False)
+
+    @torch.no_grad()
+    def run() -> Tensor:
+        return pool(ops, model.forward_tables(ops).last_hidden_state, lengths, pooling)
+
+    return harness.captured(run)
+
+
+def alone(runner: Engine, texts: Sequence[list[int]], pooling: Pooling) -> Tensor:
+    """What to expect: one text at a time, (n, D)."""
+    return torch.cat([Forward(runner, [ids], pooling)().cpu() for ids in texts])
+
+
+def ids_case(
+    title: str, runner: Engine, texts: list[list[int]], pooling: Pooling, bound: Deviation
+) -> Case:
+    """From ids on the host to vectors on the host, and the forward alone."""
+    lengths = [len(ids) for ids in texts]
+    ids = list(chain.from_iterable(texts))
+    flop = harness.forward_flop(runner.model.config, lengths)
+    runs: dict[str, Callable[[], Tensor]] = {
+        "ids to vectors, both on the host": lambda: runner.embed(
+            ids, lengths, pooling, to_host=True
+        )(),
+        LAUNCHED: Forward(runner, texts, pooling),
+    }
+    if runner.model.backend.takes_tables and runner.model.device.type == "cuda":
+        runs["forward, replayed"] = replayed(runner, ids, lengths, pooling)
+    contenders = [Contender(name, run, flop, bound) for name, run in runs.items()]
+    return Case(title, sum(lengths), contenders, alone(runner, texts, pooling), LAUNCHED)
+
+
+def text_case(
+    title: str, encoder: Encoder, runner: Engine, texts: list[str], pooling: Pooling,
+    bound: Deviation,
+) -> Case:  # fmt: skip
+    """From strings to vectors on the host, and the forward alone."""
+    tokens = encoder.tokenizer([encoder.prompts["query"] + text for text in texts], 512).ids
+    lengths = [len(ids) for ids in tokens]
+    flop = harness.forward_flop(runner.model.config, lengths)
+    contenders = [
+        Contender(
+            "strings to vectors",
+            lambda: torch.from_numpy(encoder.encode_query(texts, show_progress_bar=False)),
+            flop,
+            bound,
+        ),
+        Contender(LAUNCHED, Forward(runner, tokens, pooling), flop, bound),
+    ]
+    return Case(title, sum(lengths), contenders, alone(runner, tokens, pooling), LAUNCHED)
+
+
+def peak_memory(runner: Engine, pooling: Pooling, tokens: int) -> str:
+    """Memory that a batch of texts of 512 tokens takes beside what was allocated before it."""
+    if runner.model.device.type != "cuda":
+        return "measured on CUDA alone"
+    lengths = [512] * (tokens // 512)
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    runner.embed([5] * sum(lengths), lengths, pooling, to_host=True)()
+    taken = torch.cuda.max_memory_allocated() - before
+    return f"{taken / 2**20:,.0f} MiB, {taken / sum(lengths):,.0f} bytes per token"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the benchmark; return the exit status."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parser = argparse.ArgumentParser(description="Time the way from strings to vectors.")
+    parser.add_argument("--smoke", action="store_true", help="a toy model, in seconds")
+    parser.add_argument("--dtype", choices=DTYPES, help="by default the device's own")
+    parser.add_argument("--device", help="cpu, cuda, ...; by default a GPU where there is one")
+    parser.add_argument("--repeats", type=int, default=30, help="timed calls of each contender")
+    parser.add_argument("--corpus-repeats", type=int, default=3, help="timed passes of the corpus")
+    parser.add_argument("--output", type=Path, default=harness.RESULTS, help="folder for results")
+    args = parser.parse_args(arguments)
+    for name in ("repeats", "corpus_repeats"):
+        if getattr(args, name) < 1:
+            parser.error(
+                f"--{name.replace('_', '-')} is {getattr(args, name)}, expected at least 1"
+            )
+    device = resolve_device(args.device)
+    dtype = resolve_dtype(args.dtype, device)
+    dtype_name = next(name for name, one in DTYPES.items() if one == dtype)
+    machine = harness.machine_line(device)
+
+    print("drawing random weights ...", file=sys.stderr)
+    with tempfile.TemporaryDirectory() as folder:
+        synthetic.write_checkpoint(folder, "tiny" if args.smoke else "full", SEED)
+        encoder = Encoder.from_pretrained(folder, device=device, dtype=dtype)
+    encoder.warmup()
+    runner = Engine(encoder.model)
+    pooling = Pooling(encoder.get_embedding_dimension(), False, True)
+    bound = BOUNDS[dtype_name]
+
+    print("computing what to expect ...", file=sys.stderr)
+    generator = random.Random(SEED)
+    corpus = draw_corpus(encoder, SMOKE_CORPUS_TEXTS if args.smoke else CORPUS_TEXTS)
+
+    def ids(length: int) -> list[int]:
+        return [generator.randrange(4, encoder.model.config.vocab_size) for _ in range(length)]
+
+    case = partial(ids_case, runner=runner, pooling=pooling, bound=bound)
+    query = "how warm is the sea in march"
+    cases = [
+        text_case("one query", encoder, runner, [query], pooling, bound),
+        case("1 text of 16 tokens", texts=[ids(16)]),
+        *(
+            case(f"{texts} texts of {tokens} tokens", texts=[ids(tokens) for _ in range(texts)])
+            for texts, tokens in (SMOKE_BATCHES if args.smoke else BATCHES)
+        ),
+        text_case(
+            f"{len(corpus):,} texts of 8 to 512 tokens", encoder, runner, corpus, pooling, bound
+        ),
+    ]
+    repeats = [args.repeats] * (len(cases) - 1) + [args.corpus_repeats]
+    calls = sum(
+        (harness.WARM_UP + times) * len(one.contenders)
+        for one, times in zip(cases, repeats, strict=True)
+    )
+    try:
+        with tqdm(total=calls, unit=" calls", desc="timing", disable=None) as bar:
+            results = [
+                (one, harness.measure(one, repeats=times, device=device, bar=bar))
+                for one, times in zip(cases, repeats, strict=True)
+            ]
+    except harness.DisagreementError as error:
+        print(f"no speed is reported, since outputs disagree: {error}", file=sys.stderr)
+        return 1
+
+    record = harness.make_record(
+        "bench_engine",
+        results,
+        command=harness.command_line(arguments),
+        machine=machine,
+        settings={
+            "dtype": dtype_name,
+            "device": str(device),
+            "backend": encoder.backend,
+            "repeats": args.repeats,
+            "corpus repeats": args.corpus_repeats,
+            "warm-up": harness.WARM_UP,
+            "token budget": token_budget(encoder.model),
+            "peak memory at 65,536 tokens": peak_memory(runner, pooling, 65_536),
+        },
+        not_run={},
+    )
+    stem = f"bench_engine-{device.type}-{dtype_name}" + ("-smoke" if args.smoke else "")
+    print(harness.render(record))
+    for path in harness.write_results(record, args.output, stem):
+        print(f"wrote {path}", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
