@@ -149,15 +149,15 @@ def run_batches(
         parts = [batch]
         while parts:
             part = parts.pop()
-            tokens, halves = sum(part.lengths), part.halve()
-            if halves and most is not None and tokens > most:
-                parts += reversed(halves)
+            tokens, is_divisible = sum(part.lengths), len(part.positions) > 1
+            if is_divisible and most is not None and tokens > most:
+                parts += reversed(part.halve())
                 continue
             try:
                 waiting.append((part, launch(part)))
                 is_short = False
             except torch.OutOfMemoryError as error:
-                if not halves and not waiting:
+                if not is_divisible and not waiting:
                     raise torch.OutOfMemoryError(
                         f"a text of {tokens} tokens does not fit in memory even by itself: free "
                         f"some, lower max_seq_length or take a smaller dtype ({error})"
@@ -169,6 +169,7 @@ def run_batches(
                 yield done, finish()
             if is_short:
                 relieve()
+                halves = part.halve()
                 if most is None and halves:
                     logger.warning(
                         "a batch of %d tokens did not fit in memory; it and the rest of this call "

@@ -176,8 +176,9 @@ class Encoder:
     def to(self, device: str | torch.device) -> Encoder:
         """Move the model to a device, keeping its dtype."""
         device = resolve_device(device)
-        if device != self.device:
-            self._engine.reset()
+        if device.type != self.device.type:
+            # what it holds there would be in the way
+            self._engine.relieve()
         self.model.to(device)
         return self
 
@@ -252,7 +253,8 @@ class Encoder:
             normalize_embeddings: Make vectors unit norm, after truncation. False leaves them as
                 SentenceTransformer would: unit norm before truncation, shorter after it.
             truncate_dim: Keep only the first features; None takes the encoder's setting.
-            batch_tokens: Most tokens of a batch; None chooses by device.
+            batch_tokens: Most tokens of a batch; None chooses by device and its free memory. A
+                batch that does not fit is halved, and the rest of the call kept to that size.
             on_too_long: "warn" cuts texts over `max_seq_length` and logs how many; "error" refuses.
             ranges: (2, d) minimum and maximum of each feature for int8 and uint8, in place of the
                 fixed range.
@@ -266,6 +268,7 @@ class Encoder:
             TypeError: The input or one of its items is not text; the message says which.
             ValueError: An unknown prompt name, precision or dimension, text that is not valid
                 Unicode, or a text too long under `on_too_long="error"`.
+            torch.OutOfMemoryError: A text does not fit in memory even by itself.
         """
         texts = _as_list(inputs)
         plan = self._plan(

@@ -153,20 +153,23 @@ class CudaRecorder:
         """As `Recorder.record`; waits for the device."""
         caller = torch.cuda.current_stream(self._device)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
-            self._stream.wait_stream(caller)
-            # compiles kernels and fills caches, which may not happen while recording
-            step()
-            # while recording, torch cannot give memory back to make room
-            torch.cuda.synchronize()
-            torch.cuda.empty_cache()
-            # other threads may go on allocating
-            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-            try:
+        try:
+            with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
+                self._stream.wait_stream(caller)
+                # compiles kernels and fills caches, which may not happen while recording
                 step()
-            finally:
-                graph.capture_end()
-        caller.wait_stream(self._stream)
+                # while recording, torch cannot give memory back to make room
+                torch.cuda.synchronize()
+                torch.cuda.empty_cache()
+                # other threads may go on allocating
+                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+                try:
+                    step()
+                finally:
+                    graph.capture_end()
+        finally:
+            # the step may be under way even where it was not recorded
+            caller.wait_stream(self._stream)
         return _CudaRecording(graph, self._device, step)
 
 
@@ -230,7 +233,12 @@ class _Snapshot:
         return [id(child) for module in self._modules for child in module._modules.values()]
 
     def _current_rest(self, model: NomicMoEModel) -> tuple[object, ...]:
-        return (model.device, model.dtype, model.backend, torch.get_float32_matmul_precision())
+        return (
+            model.device,
+            model.dtype,
+            model.backend.takes_tables,
+            torch.get_float32_matmul_precision(),
+        )
 
 
 class _Key(NamedTuple):

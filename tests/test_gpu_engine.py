@@ -105,7 +105,10 @@ def test_batches_queue_up_before_the_first_is_done(model: NomicMoEModel) -> None
     lengths = [512] * 40
     ids = ids_of(model, sum(lengths))
     runner = Engine(model)
-    expected = runner.embed(ids, lengths, POOLING, to_host=True)()
+    # two at once, so that memory for two is at hand from here on
+    for one in [runner.embed(ids, lengths, POOLING, to_host=True) for _ in range(2)]:
+        expected = one().clone()
+    del one
     # the device is kept busy long enough for the host to run ahead
     torch.cuda._sleep(500_000_000)
     done = torch.cuda.Event()
@@ -179,7 +182,8 @@ def test_recordings_share_their_memory(model: NomicMoEModel) -> None:
     assert grown < 2 * largest + (64 << 20)
     runner.reset()
     torch.cuda.empty_cache()
-    assert torch.cuda.memory_reserved() - before < 64 << 20
+    # what cuBLAS keeps for the stream of recordings stays
+    assert torch.cuda.memory_reserved() - before < 128 << 20
 
 
 def test_changed_weights_are_not_replayed(full_width: NomicMoEModel) -> None:
