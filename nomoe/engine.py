@@ -408,7 +408,7 @@ class Engine:
         """
         model = self.model
         # autocast changes what a forward launches
-        if torch.is_autocast_enabled(model.device.type):
+        if not model.backend.takes_tables or torch.is_autocast_enabled(model.device.type):
             return None
         with self._lock:
             if self._snapshot is None or not self._snapshot.holds(model):

@@ -7,7 +7,8 @@ the length of each. Padding exists only in `NomicMoEModel.forward`, which packs 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,9 +19,22 @@ from torch import Tensor, nn
 from . import opaque
 from .checkpoint import CONFIG_FILE, DEFAULT_REPO, load_tensors, locate
 from .config import NomicMoEConfig
-from .moe import BackendName, LayerNorm, MoE, Ops, TableOps, select_backend
+from .moe import (
+    BackendName,
+    LayerNorm,
+    Linear,
+    MoE,
+    Ops,
+    Packable,
+    TableOps,
+    cpu_ops,
+    select_backend,
+)
 
 logger = logging.getLogger(__name__)
+
+# whoever lays weights out, or needs them as they were, does so alone
+_LAYING_OUT = threading.Lock()
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -60,16 +74,6 @@ class Embeddings(nn.Module):
         return ops.embed(
             ids_T, self.word_embeddings.weight, self.token_type_embeddings.weight[0], norm.parts
         )
-
-
-class Linear(nn.Linear):
-    """x @ weight.T + bias by the kernels, with the exact (erf) GELU where asked."""
-
-    def forward(  # type: ignore[override]
-        self, x_TI: Tensor, ops: Ops, *, gelu: bool = False
-    ) -> Tensor:
-        """Apply the layer, (T, O)."""
-        return ops.linear(x_TI, self.weight, self.bias, gelu=gelu)
 
 
 class Attention(nn.Module):
@@ -176,6 +180,8 @@ class NomicMoEModel(nn.Module):
         self.embeddings = Embeddings(config)
         self.emb_ln = LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.encoder = Layers(config)
+        # a list at hand: to walk all modules takes longer than some of a short forward's layers
+        self._packables = [part for part in self.modules() if isinstance(part, Packable)]
         self._number = opaque.register(self)
         self.reset_parameters()
 
@@ -268,6 +274,18 @@ class NomicMoEModel(nn.Module):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.backend = backend
         return self
+
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        """As every module's; a parameter whose numbers are packed gets them back as it comes by."""
+        owners = {
+            id(part._parameters[name]): part for part in self._packables for name in part.packable
+        }
+        for name, parameter in super().named_parameters(prefix, recurse, remove_duplicate):
+            if id(parameter) in owners:
+                owners[id(parameter)].unpack()
+            yield name, parameter
 
     @property
     def device(self) -> torch.device:
@@ -413,7 +431,8 @@ class NomicMoEModel(nn.Module):
         output_routing: bool,
     ) -> NomicMoEOutput:
         """`forward_packed` as torch.compile sees it: one operator."""
-        trained = next((one for one in self.parameters() if one.requires_grad), None)
+        parameters = super().named_parameters()
+        trained = next((one for _, one in parameters if one.requires_grad), None)
         states = self.config.n_layer + 1 if output_hidden_states else 1
         routings = len(self.config.moe_layers) if output_routing else 0
         flat = opaque.forward_packed(
@@ -489,6 +508,23 @@ class NomicMoEModel(nn.Module):
                     f"{self.config.embedding_rows}"
                 )
 
+    def _lay_out(self) -> Ops:
+        """Have the weights as the forward that follows wants them, and give its kernels."""
+        ops = None
+        if self.backend.name == "torch" and self.device.type == "cpu" and not self.training:
+            needs_parameters = torch.compiler.is_compiling() or (
+                torch.is_grad_enabled()
+                and any(one.requires_grad for _, one in super().named_parameters())
+            )
+            ops = None if needs_parameters else cpu_ops(self.dtype)
+        with _LAYING_OUT:
+            for part in self._packables:
+                if ops is None:
+                    part.unpack()
+                else:
+                    part.pack()
+        return ops or self.backend.ops
+
     def _encode(
         self,
         ids_T: Tensor,
@@ -500,7 +536,7 @@ class NomicMoEModel(nn.Module):
         output_routing: bool,
         ops: Ops | None = None,
     ) -> NomicMoEOutput:
-        ops = self.backend.ops if ops is None else ops
+        ops = self._lay_out() if ops is None else ops
         packing = ops.pack(
             lengths,
             positions_T,

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor, nn
 
-from nomoe_kernels import reference
+from nomoe_kernels import cpu, reference
 from nomoe_kernels.layout import Layout as Layout
 from nomoe_kernels.layout import Tables
 from nomoe_kernels.reference import MoEWeights, Norm
@@ -20,12 +21,15 @@ BackendName = Literal["auto", "torch", "triton"]
 
 
 class Ops(Protocol):
-    """What a model asks of a kernel module; `nomoe_kernels.reference` documents each."""
+    """What a model asks of a kernel module; `nomoe_kernels.reference` documents each.
+
+    An operation may overwrite `y_TD` and `qkv_T3NH`, which nobody reads again.
+    """
 
     def add_layer_norm(self, x_TD: Tensor, y_TD: Tensor, norm: Norm) -> Tensor: ...
 
     def linear(
-        self, x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor, *, gelu: bool = False
+        self, x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, *, gelu: bool = False
     ) -> Tensor: ...
 
     def moe_block(
@@ -81,6 +85,11 @@ class Backend(NamedTuple):
         from nomoe_kernels import tables
 
         return tables.TableOps(layout, numbers, padded=padded)
+
+
+def cpu_ops(dtype: torch.dtype) -> Ops | None:
+    """Give the kernels for inference on a CPU, or None for a dtype that they do not take."""
+    return cpu if cpu.supports(dtype) else None
 
 
 def select_backend(
@@ -157,6 +166,93 @@ def _triton_obstacle(
     return None
 
 
+class Packable(nn.Module):
+    """A module whose matrices can be laid out in advance for inference on a CPU.
+
+    While they are, `packed` holds them, and their parameters keep identity, shape and dtype but no
+    memory: every number in one is the same NaN. Who asks the module for tensors gets the true ones:
+    `state_dict` makes copies; `train`, `to`, `load_state_dict`, pickling and `copy.deepcopy` unpack
+    first. A parameter that is given other numbers meanwhile keeps those.
+    """
+
+    # names of the parameters that are packed
+    packable: tuple[str, ...]
+    # the matrices of each, by name
+    packed: dict[str, list[Tensor]] | None = None
+
+    def matrices(self, name: str, tensor: Tensor) -> list[Tensor]:
+        """View a parameter's tensor as the (O, I) matrices it holds."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def pack(self) -> None:
+        """Lay the matrices out for `nomoe_kernels.cpu` and free the originals."""
+        if self.packed is not None:
+            if all(_is_sealed(self._parameters[name]) for name in self.packable):
+                return
+            self.unpack()
+        self.packed = {}
+        for name in self.packable:
+            parameter = self.get_parameter(name)
+            views = self.matrices(name, parameter.data)
+            self.packed[name] = [cpu.pack_weight(view) for view in views]
+            parameter.data = parameter.new_full((), torch.nan).expand(parameter.shape)
+
+    @torch.no_grad()
+    def unpack(self) -> None:
+        """Give the parameters their numbers back."""
+        if self.packed is not None:
+            dense = self._dense()
+            for name in self.packable:
+                parameter = self.get_parameter(name)
+                parameter.data = dense.get(name, parameter.data.contiguous())
+            self.packed = None
+
+    def _dense(self) -> dict[str, Tensor]:
+        dense = {}
+        for name, packed in (self.packed or {}).items():
+            parameter = self.get_parameter(name)
+            if _is_sealed(parameter):
+                dense[name] = torch.empty(parameter.shape, dtype=parameter.dtype)
+                views = self.matrices(name, dense[name])
+                for view, matrix in zip(views, packed, strict=True):
+                    view.copy_(cpu.unpack_weight(matrix))
+        return dense
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode; training needs the parameters."""
+        if mode:
+            self.unpack()
+        return super().train(mode)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self.unpack()
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call, no-any-return]
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        self.unpack()
+        super()._load_from_state_dict(*arguments)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        if keep_vars:
+            self.unpack()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination.update({prefix + name: tensor for name, tensor in self._dense().items()})
+
+    def __getstate__(self) -> dict[str, Any]:
+        self.unpack()
+        return self.__dict__
+
+
+def _is_sealed(parameter: Tensor | None) -> bool:
+    """Whether a parameter's numbers are in its packed matrices: it is one NaN, seen many times."""
+    return (
+        parameter is not None
+        and not any(parameter.stride())
+        and math.isnan(parameter.data.as_strided((), ()).item())
+    )
+
+
 class Router(nn.Module):
     """The router's weight, under the name the checkpoint gives it."""
 
@@ -165,14 +261,22 @@ class Router(nn.Module):
         self.layer = nn.Linear(config.n_embd, config.num_experts, bias=False)
 
 
-class ExpertWeights(nn.Module):
+class ExpertWeights(Packable):
     """Both matrices of all experts, stored (E * F, D) each."""
+
+    packable = ("w1", "w2")
 
     def __init__(self, config: NomicMoEConfig) -> None:
         super().__init__()
+        self.num_experts = config.num_experts
         shape = (config.num_experts * config.ffn_width, config.n_embd)
         self.w1 = nn.Parameter(torch.empty(shape))
         self.w2 = nn.Parameter(torch.empty(shape))
+
+    def matrices(self, name: str, tensor: Tensor) -> list[Tensor]:
+        """Of each expert: applied as x @ w1[e].T and h @ w2[e]."""
+        tensor_EFD = tensor.unflatten(0, (self.num_experts, -1))
+        return list(tensor_EFD if name == "w1" else tensor_EFD.transpose(1, 2))
 
 
 class Experts(nn.Module):
@@ -182,6 +286,23 @@ class Experts(nn.Module):
         super().__init__()
         self.mlp = ExpertWeights(config)
         self.bias = nn.Parameter(torch.empty(config.n_embd))
+
+
+class Linear(nn.Linear, Packable):
+    """x @ weight.T + bias by the kernels, with the exact (erf) GELU where asked."""
+
+    packable = ("weight",)
+
+    def matrices(self, name: str, tensor: Tensor) -> list[Tensor]:
+        """Return the only one."""
+        return [tensor]
+
+    def forward(  # type: ignore[override]
+        self, x_TI: Tensor, ops: Ops, *, gelu: bool = False
+    ) -> Tensor:
+        """Apply the layer, (T, O)."""
+        weight_OI = self.weight if self.packed is None else self.packed["weight"][0]
+        return ops.linear(x_TI, weight_OI, self.bias, gelu=gelu)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -222,11 +343,14 @@ class MoE(nn.Module):
             experts_TK: The experts they belong to.
         """
         mlp = self.experts.mlp
-        # applied as x @ w1[e].T and h @ w2[e]: w1 is viewed transposed, w2 as stored
-        w1_EDF = mlp.w1.unflatten(0, (self.num_experts, -1)).transpose(1, 2)
-        w2_EFD = mlp.w2.unflatten(0, (self.num_experts, -1))
+        if mlp.packed is None:
+            # applied as x @ w1[e].T and h @ w2[e]: w1 is viewed transposed, w2 as stored
+            w1: Any = mlp.w1.unflatten(0, (self.num_experts, -1)).transpose(1, 2)
+            w2: Any = mlp.w2.unflatten(0, (self.num_experts, -1))
+        else:
+            w1, w2 = mlp.packed["w1"], mlp.packed["w2"]
         weights = MoEWeights(
-            self.router.layer.weight, w1_EDF, w2_EFD, self.experts.bias, self.top_k, self.normalize
+            self.router.layer.weight, w1, w2, self.experts.bias, self.top_k, self.normalize
         )
         return ops.moe_block(x_TD, y_TD, norm.parts, weights, next_norm.parts)
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from nomoe import Encoder, NomicMoEConfig, NomicMoEModel, cli, data, model, synthetic, verify
 from nomoe.moe import MoE
 from nomoe.verify import Check, GoldenCase, golden_cases
-from nomoe_kernels import reference
+from nomoe_kernels import cpu, reference
 from tests import oracle
 
 Plant = Callable[[NomicMoEModel, pytest.MonkeyPatch], None]
@@ -196,7 +196,15 @@ def drawn_once(full_width: NomicMoEModel, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(verify, "full_width_model", lambda: full_width)
 
 
-def test_golden_cases_hold() -> None:
+def run_plain_operations(patch: pytest.MonkeyPatch) -> None:
+    """Have a CPU run `nomoe_kernels.reference`, the operations that mistakes are planted in."""
+    patch.setattr(cpu, "supports", lambda dtype: False)
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_golden_cases_hold(plain: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if plain:
+        run_plain_operations(monkeypatch)
     checks = compare(tiny(), "tiny")
     assert len(checks) == 4 * 4
     assert not missed(checks)
@@ -205,6 +213,7 @@ def test_golden_cases_hold() -> None:
 @pytest.mark.parametrize("plant", PLANTS, ids=lambda plant: plant.__name__)
 def test_a_mistake_is_a_miss(plant: Plant, monkeypatch: pytest.MonkeyPatch) -> None:
     encoder = tiny()
+    run_plain_operations(monkeypatch)
     plant(encoder, monkeypatch)
     misses = [check.name for check in missed(compare(encoder, "tiny"))]
     # every mistake shows in the longest case, and in its hidden states before anywhere else
@@ -216,6 +225,8 @@ def test_a_mistake_is_a_miss(plant: Plant, monkeypatch: pytest.MonkeyPatch) -> N
 def test_full_width_holds_and_single_pass_tf32_does_not(
     full_width: NomicMoEModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    assert not missed(compare(full_width, "full_width"))
+    run_plain_operations(monkeypatch)
     assert not missed(compare(full_width, "full_width"))
     # the experts alone: the least that a backend could get wrong this way
     tf32_experts(full_width, monkeypatch)
@@ -328,6 +339,7 @@ def test_full_width_holds_in_bfloat16(drawn_once: None, monkeypatch: pytest.Monk
     checks = verify.verify_golden(torch.device("cpu"), torch.bfloat16, "torch")
     assert len(checks) == 8
     assert not missed(checks)
+    run_plain_operations(monkeypatch)
     bias_inside_the_expert_loop(tiny(), monkeypatch)
     checks = verify.verify_golden(torch.device("cpu"), torch.bfloat16, "torch")
     assert len([check for check in missed(checks) if "float32" not in check.name]) == 4
@@ -422,6 +434,7 @@ def test_command_exits_1_on_a_miss(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    run_plain_operations(monkeypatch)
     tanh_gelu_in_the_experts(tiny(), monkeypatch)
     assert run() == 1
     out = capsys.readouterr().out

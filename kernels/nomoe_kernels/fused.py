@@ -223,7 +223,7 @@ def add_layer_norm(x_TD: Tensor, y_TD: Tensor, norm: Norm) -> Tensor:
     return _made_from(out_TD, x_TD, y_TD, norm.weight_D, norm.bias_D)
 
 
-def linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor, *, gelu: bool = False) -> Tensor:
+def linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, *, gelu: bool = False) -> Tensor:
     """As `reference.linear`; the product is torch's."""
     return reference.linear(x_TI, weight_OI, bias_O, gelu=gelu)
 

@@ -34,7 +34,7 @@ class Norm(NamedTuple):
 
 
 class MoEWeights(NamedTuple):
-    """What a MoE layer holds; the types of a module's own `MoEWeights` may differ."""
+    """What a MoE layer holds."""
 
     # (E, D), without a bias
     router_ED: Tensor
@@ -277,7 +277,7 @@ def _add_layer_norm(x_TD: Tensor, y_TD: Tensor, norm: Norm) -> Tensor:
     return F.layer_norm(sum_TD, weight_D.shape, weight_D, bias_D, norm.eps)
 
 
-def linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor, *, gelu: bool = False) -> Tensor:
+def linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, *, gelu: bool = False) -> Tensor:
     """Return x @ weight.T + bias, (T, O), with the exact (erf) GELU where asked."""
     out_TO = F.linear(x_TI, weight_OI, bias_O)
     return F.gelu(out_TO) if gelu else out_TO

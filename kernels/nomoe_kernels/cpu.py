@@ -1,0 +1,156 @@
+"""The operations of `nomoe_kernels.reference` for inference on a CPU: same names, same results.
+
+Products run in oneDNN on matrices laid out for it in advance, see `pack_weight`, with the bias and
+the exact GELU in the product's last step. Nothing here has a gradient, and an operation may
+overwrite the activations it is given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .reference import MoEWeights, Norm, embed, mean_pool, rotary_angles, route
+
+__all__ = ["add_layer_norm", "attention", "embed", "linear", "mean_pool", "moe_block", "pack"]
+
+# oneDNN lays a matrix out by the rows it expects; one layout serves a query and a batch alike
+_ROWS_EXPECTED = 1024
+
+_linear_pointwise = torch.ops.mkldnn._linear_pointwise.default
+
+
+def supports(dtype: torch.dtype) -> bool:
+    """Whether this torch and this CPU multiply packed matrices of a dtype at speed."""
+    if not torch.backends.mkldnn.is_available() or not torch.backends.mkldnn.enabled:
+        return False
+    if dtype == torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return dtype == torch.float32
+
+
+def pack_weight(weight_OI: Tensor) -> Tensor:
+    """Lay an (O, I) matrix out for oneDNN, in new memory."""
+    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight_OI.contiguous(), _ROWS_EXPECTED)
+    return packed
+
+
+def unpack_weight(packed_OI: Tensor) -> Tensor:
+    """Undo `pack_weight`, exactly."""
+    return packed_OI.to_dense()
+
+
+def linear(x_TI: Tensor, packed_OI: Tensor, bias_O: Tensor | None, *, gelu: bool = False) -> Tensor:
+    """As `reference.linear`, with a packed matrix."""
+    # "none" is the GELU without an approximation, that is by erf
+    out_TO: Tensor = _linear_pointwise(
+        x_TI, packed_OI, bias_O, "gelu" if gelu else "none", [], "none"
+    )
+    return out_TO
+
+
+def add_layer_norm(x_TD: Tensor, y_TD: Tensor, norm: Norm) -> Tensor:
+    """As `reference.add_layer_norm`; may overwrite y."""
+    return _add_layer_norm(x_TD, y_TD, norm).to(x_TD.dtype)
+
+
+def _add_layer_norm(x_TD: Tensor, y_TD: Tensor, norm: Norm) -> Tensor:
+    sum_TD = y_TD.add_(x_TD) if y_TD.dtype == torch.float32 else x_TD.float().add_(y_TD)
+    weight_D, bias_D = norm.weight_D.float(), norm.bias_D.float()
+    return F.layer_norm(sum_TD, weight_D.shape, weight_D, bias_D, norm.eps)
+
+
+class Packing(NamedTuple):
+    """How a packed batch divides into texts, and where each token stands."""
+
+    # first token, token after the last, and length of neighbouring texts of equal length
+    groups: list[tuple[int, int, int]]
+    # cosine and sine of each token's rotary angles, (T, 1, 1, H / 2), float32
+    cos: Tensor
+    sin: Tensor
+
+
+def pack(
+    lengths: Sequence[int],
+    positions_T: Tensor,
+    span: int,
+    head_width: int,
+    rotary_base: float,
+    dtype: torch.dtype,
+) -> Packing:
+    """As `reference.pack`."""
+    groups = []
+    start = 0
+    for length, run in groupby(lengths):
+        end = start + length * sum(1 for _ in run)
+        groups.append((start, end, length))
+        start = end
+    cos, sin = rotary_angles(positions_T, head_width, rotary_base)
+    return Packing(groups, cos[:, None, None], sin[:, None, None])
+
+
+def attention(qkv_T3NH: Tensor, packing: Packing) -> Tensor:
+    """As `reference.attention`; may overwrite qkv.
+
+    In float32 whatever the dtype: for 16 bits the attention of torch takes 1.4 times as long.
+    """
+    qkv = qkv_T3NH.float()
+    _rotate_(qkv[:, :2], packing.cos, packing.sin)
+    parts = []
+    for start, end, length in packing.groups:
+        # texts and heads first, then tokens
+        q, k, v = qkv[start:end].unflatten(0, (-1, length)).permute(2, 0, 3, 1, 4)
+        out_BNLH = F.scaled_dot_product_attention(q, k, v)
+        parts.append(out_BNLH.transpose(1, 2).reshape(end - start, -1))
+    out_TD = parts[0] if len(parts) == 1 else torch.cat([*parts, qkv[:0, 2].flatten(1)])
+    return out_TD.to(qkv_T3NH.dtype)
+
+
+def _rotate_(x: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """As `reference.rotate`, in place."""
+    a, b = x.chunk(2, dim=-1)
+    a_sin = a * sin
+    a.mul_(cos).addcmul_(b, sin, value=-1)
+    b.mul_(cos).add_(a_sin)
+
+
+def moe_block(
+    x_TD: Tensor, y_TD: Tensor, norm: Norm, moe: MoEWeights, next_norm: Norm
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `reference.moe_block`; may overwrite y.
+
+    w1_EDF and w2_EFD of the weights are sequences of packed matrices, (F, D) and (D, F), one of
+    each for an expert.
+    """
+    normed_TD = _add_layer_norm(x_TD, y_TD, norm)
+    weights_TK, experts_TK = route(normed_TD, moe.router_ED, moe.top_k, normalize=moe.normalize)
+    z_TD = normed_TD.to(x_TD.dtype)
+    T, K = len(z_TD), moe.top_k
+    R = T * K
+
+    experts_R = experts_TK.flatten()
+    order_R = experts_R.argsort(stable=True)
+    counts = experts_R.bincount(minlength=len(moe.w1_EDF)).tolist()
+    # one expert at a time: the (rows, F) between its products stays in the cache
+    products = [
+        linear(linear(rows, w1_FD, None, gelu=True), w2_DF, None)
+        for rows, w1_FD, w2_DF in zip(
+            z_TD[order_R // K].split(counts), moe.w1_EDF, moe.w2_EFD, strict=True
+        )
+        if len(rows)
+    ]
+    # one row more for the bias, which every token adds to its own; float32 makes all float32
+    products_RD = torch.cat([*products, moe.bias_D.float()[None]])
+
+    # where the rows of each token are now, best expert first, and the bias
+    position_R = torch.empty_like(order_R)
+    position_R[order_R] = torch.arange(R)
+    terms = F.pad(position_R.view(T, K), (0, 1), value=R)
+    factors = F.pad(weights_TK, (0, 1), value=1.0)
+    sum_TD = F.embedding_bag(terms, products_RD, mode="sum", per_sample_weights=factors)
+    return add_layer_norm(z_TD, sum_TD, next_norm), weights_TK, experts_TK

@@ -1,0 +1,300 @@
+"""The operations for inference on a CPU, and models whose matrices are packed for them."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nomoe import NomicMoEModel, data
+from nomoe.moe import Linear, MoE, Packable
+from nomoe_kernels import cpu, reference
+from nomoe_kernels.reference import MoEWeights, Norm
+
+DTYPES = [dtype for dtype in (torch.float32, torch.bfloat16) if cpu.supports(dtype)]
+# of the largest number of a product: some roundings of its operands' dtype
+BOUNDS = {torch.float32: 2e-6, torch.bfloat16: 1e-2}
+
+pytestmark = pytest.mark.skipif(not DTYPES, reason="torch has no oneDNN here")
+
+
+def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def off(result: Tensor, exact: Tensor) -> float:
+    """Largest difference relative to the largest number; infinite where it is not a number."""
+    assert result.shape == exact.shape
+    worst = (result.double() - exact).abs().max() / exact.abs().max()
+    return float(worst.nan_to_num(torch.inf))
+
+
+# --- operations
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows", [1, 5, 33])
+def test_linear(rows: int, dtype: torch.dtype) -> None:
+    x_TI, weight_OI, bias_O = (
+        normal(*shape, seed=seed, dtype=dtype)
+        for seed, shape in enumerate(((rows, 96), (80, 96), (80,)))
+    )
+    packed = cpu.pack_weight(weight_OI)
+    exact = F.linear(x_TI.double(), weight_OI.double(), bias_O.double())
+    for gelu in (False, True):
+        result = cpu.linear(x_TI, packed, bias_O, gelu=gelu)
+        assert result.dtype == dtype
+        assert off(result, F.gelu(exact) if gelu else exact) < BOUNDS[dtype]
+    assert off(cpu.linear(x_TI, packed, None), exact - bias_O.double()) < BOUNDS[dtype]
+    assert cpu.linear(x_TI[:0], packed, bias_O, gelu=True).shape == (0, 80)
+
+
+def test_the_gelu_is_the_exact_one() -> None:
+    x_TI = torch.linspace(-6, 6, 4096)[:, None].expand(-1, 16).contiguous()
+    result = cpu.linear(x_TI, cpu.pack_weight(torch.eye(16)), None, gelu=True)
+    exact = F.gelu(x_TI.double())
+    assert (result - exact).abs().max() < 1e-6
+    tanh = F.gelu(x_TI.double(), approximate="tanh")
+    assert (tanh - exact).abs().max() > 1e-4, "the test could not tell"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_packing_loses_nothing(dtype: torch.dtype) -> None:
+    weight_OI = normal(80, 96, dtype=dtype)
+    for matrix in (weight_OI, weight_OI.T):
+        assert torch.equal(cpu.unpack_weight(cpu.pack_weight(matrix)), matrix)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("lengths", [[], [1], [7, 7, 7], [40, 40, 3, 1, 1], [5, 9, 5]])
+def test_attention(lengths: list[int], dtype: torch.dtype) -> None:
+    T = sum(lengths)
+    qkv_T3NH = normal(T, 3, 6, 16, dtype=dtype)
+    positions_T = torch.tensor([*chain.from_iterable(map(range, lengths))], dtype=torch.int64)
+    packings = [
+        module.pack(lengths, positions_T, 40, 16, 1e4, dtype) for module in (cpu, reference)
+    ]
+    exact = reference.attention(qkv_T3NH.double(), packings[1])
+    result = cpu.attention(qkv_T3NH.clone(), packings[0])
+    assert result.dtype == dtype
+    if T:
+        assert off(result, exact) < BOUNDS[dtype]
+    else:
+        assert result.shape == (0, 96)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("tokens", "experts", "top_k", "normalize"),
+    [(37, 8, 2, False), (1, 4, 3, True), (0, 8, 1, False)],
+)
+def test_moe_block(
+    tokens: int, experts: int, top_k: int, normalize: bool, dtype: torch.dtype
+) -> None:
+    D, ffn_width = 96, 64
+    x_TD, y_TD = (normal(tokens, D, seed=seed, dtype=dtype) for seed in (1, 2))
+    x_TD[:, 0] = 4
+    norms = [Norm(*normal(2, D, seed=seed, dtype=dtype).unbind(), 1e-5) for seed in (3, 4)]
+    norms[0].weight_D[0] = 1
+    router_ED, bias_D = normal(experts, D, seed=5, dtype=dtype) / 10, normal(D, seed=6, dtype=dtype)
+    # an expert that nobody asks for
+    router_ED[1, 0] = -9
+    w1_EFD, w2_EFD = (normal(experts, ffn_width, D, seed=seed, dtype=dtype) / 8 for seed in (7, 8))
+    rest = (bias_D, top_k, normalize)
+    plain = MoEWeights(router_ED, w1_EFD.transpose(1, 2), w2_EFD, *rest)
+    packed = MoEWeights(
+        router_ED,
+        [cpu.pack_weight(one) for one in w1_EFD],
+        [cpu.pack_weight(one.T) for one in w2_EFD],
+        *rest,
+    )
+
+    exact_weights = MoEWeights(*(one.double() for one in plain[:4]), *rest[1:])
+    exact_norms = [Norm(one.weight_D.double(), one.bias_D.double(), one.eps) for one in norms]
+    exact_TD = reference.moe_block(
+        x_TD.double(), y_TD.double(), exact_norms[0], exact_weights, exact_norms[1]
+    )[0]
+    expected = reference.moe_block(x_TD, y_TD, norms[0], plain, norms[1])
+    out_TD, weights_TK, experts_TK = cpu.moe_block(x_TD, y_TD.clone(), norms[0], packed, norms[1])
+    assert out_TD.dtype == dtype
+    assert out_TD.shape == (tokens, D)
+    assert torch.equal(experts_TK, expected[2])
+    torch.testing.assert_close(weights_TK, expected[1], atol=1e-5, rtol=0)
+    if tokens:
+        assert not (experts_TK == 1).any()
+        assert off(out_TD, exact_TD) < max(1.2 * off(expected[0], exact_TD), BOUNDS[dtype])
+
+
+# --- models
+
+
+@pytest.fixture
+def model() -> NomicMoEModel:
+    """The golden data's tiny model, its matrices packed."""
+    model = NomicMoEModel.from_pretrained(data.TINY, device="cpu")
+    embed(model)
+    assert packed(model)
+    return model
+
+
+@pytest.fixture(scope="module")
+def checkpoint() -> dict[str, Tensor]:
+    return NomicMoEModel.from_pretrained(data.TINY, device="cpu").state_dict()
+
+
+def packed(model: nn.Module) -> bool:
+    found = {part.packed is not None for part in model.modules() if isinstance(part, Packable)}
+    assert len(found) == 1
+    return found.pop()
+
+
+def embed(model: NomicMoEModel) -> Tensor:
+    with torch.no_grad():
+        return model.forward_packed(torch.arange(4, 34), [20, 10])[0]
+
+
+def same(state: dict[str, Tensor], checkpoint: dict[str, Tensor]) -> bool:
+    assert list(state) == list(checkpoint)
+    return all(torch.equal(state[name], one) for name, one in checkpoint.items())
+
+
+def test_state_dict_is_the_checkpoints(model: NomicMoEModel, checkpoint: dict[str, Tensor]) -> None:
+    assert same(model.state_dict(), checkpoint)
+    assert packed(model), "copies should do"
+    assert same({**model.state_dict(keep_vars=True)}, checkpoint)
+    assert isinstance(model.state_dict(keep_vars=True)["emb_ln.weight"], nn.Parameter)
+
+
+def test_originals_are_freed(model: NomicMoEModel) -> None:
+    weight = model.encoder.layers[1].mlp.experts.mlp.w1
+    assert weight.shape == (8 * 192, 96)
+    assert weight.untyped_storage().nbytes() == 4
+    assert weight.isnan().all()
+    with pytest.raises(RuntimeError, match="single memory location"):
+        weight.data.mul_(2)
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda model: dict(model.named_parameters()),
+        lambda model: model.train().state_dict(),
+        lambda model: copy.deepcopy(model).state_dict(),
+        lambda model: pickle.loads(pickle.dumps(model)).state_dict(),
+        lambda model: model.to(torch.float64).float().state_dict(),
+        lambda model: nn.Sequential(model).eval().to("cpu")[0].state_dict(),
+    ],
+    ids=["parameters", "train", "deepcopy", "pickle", "to", "to of a parent"],
+)
+def test_whoever_asks_gets_the_weights(
+    ask: Callable[[NomicMoEModel], dict[str, Tensor]],
+    model: NomicMoEModel,
+    checkpoint: dict[str, Tensor],
+) -> None:
+    before = embed(model)
+    assert same(ask(model), checkpoint)
+    assert torch.equal(embed(model.eval()), before)
+
+
+def test_asking_for_the_first_parameter_unpacks_nothing(model: NomicMoEModel) -> None:
+    assert next(model.parameters()).device.type == "cpu"
+    assert packed(model)
+
+
+def test_new_weights_count(model: NomicMoEModel, checkpoint: dict[str, Tensor]) -> None:
+    """However they come in; expected is a model that never was packed."""
+    other = {name: 0.5 * tensor for name, tensor in checkpoint.items()}
+    fresh = NomicMoEModel(model.config).eval()
+    fresh.load_state_dict(other)
+    expected = embed(fresh)
+    assert not torch.equal(embed(model), expected)
+    for assign in (False, True):
+        again = copy.deepcopy(model)
+        embed(again)
+        again.load_state_dict(other, assign=assign)
+        assert torch.equal(embed(again), expected)
+    for name, tensor in other.items():
+        model.get_parameter(name).data = tensor.clone()
+    assert torch.equal(embed(model), expected)
+    for one in (model, fresh):
+        nn.init.zeros_(one.encoder.layers[0].attn.Wqkv.weight)
+    assert torch.equal(embed(model), embed(fresh))
+    nn.init.normal_(model.train().encoder.layers[0].attn.Wqkv.weight)
+
+
+def test_training_after_inference(model: NomicMoEModel) -> None:
+    """An optimizer made while the matrices are packed holds the parameters that are trained."""
+    before = embed(model)
+    optimizer = torch.optim.SGD(nn.Sequential(model).parameters(), lr=0.1)
+    model.train()
+    assert not packed(model)
+    loss = model.forward_packed(torch.arange(4, 34), [20, 10])[0].square().mean()
+    loss.backward()
+    for part in model.modules():
+        if isinstance(part, Linear):
+            assert part.weight.grad.abs().sum() > 0
+        elif isinstance(part, MoE):
+            assert part.experts.mlp.w2.grad.abs().sum() > 0
+    optimizer.step()
+    after = embed(model.eval())
+    assert packed(model)
+    assert (after - before).abs().max() > 1e-4
+
+
+def test_a_forward_that_needs_gradients_unpacks(model: NomicMoEModel) -> None:
+    output = model.forward_packed(torch.arange(4, 34), [20, 10])[0]
+    assert output.requires_grad
+    assert not packed(model)
+    torch.testing.assert_close(output, embed(model), atol=1e-5, rtol=0)
+    frozen = model.requires_grad_(False)
+    assert not frozen.forward_packed(torch.arange(4, 34), [20, 10])[0].requires_grad
+    assert packed(model)
+
+
+def test_a_compiled_forward(model: NomicMoEModel) -> None:
+    expected = embed(model)
+    compiled = torch.compile(model, backend="eager")
+    with torch.no_grad():
+        output = compiled(torch.arange(4, 34)[None])[0]
+        alone = model(torch.arange(4, 34)[None])[0]
+    torch.testing.assert_close(output, alone, atol=1e-5, rtol=0)
+    assert torch.equal(embed(model), expected)
+
+
+def test_threads_may_share_a_model(checkpoint: dict[str, Tensor], model: NomicMoEModel) -> None:
+    expected = embed(model)
+    for _ in range(5):
+        fresh = NomicMoEModel(model.config).eval()
+        fresh.load_state_dict(checkpoint)
+        with ThreadPoolExecutor(4) as pool:
+            for result in pool.map(embed, [fresh] * 8):
+                assert torch.equal(result, expected)
+
+
+def test_hidden_states_are_not_overwritten(model: NomicMoEModel) -> None:
+    """Operations may overwrite what nobody reads again, and only that."""
+    ids_T = torch.arange(4, 34)
+    with torch.no_grad():
+        output = model.forward_packed(ids_T, [20, 10], output_hidden_states=True)
+        model.train()
+        expected = model.forward_packed(ids_T, [20, 10], output_hidden_states=True)
+    assert output.hidden_states is not None
+    assert expected.hidden_states is not None
+    for ours, theirs in zip(output.hidden_states, expected.hidden_states, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+
+
+def test_dtypes_it_lacks_run_as_they_did() -> None:
+    model = NomicMoEModel.from_pretrained(data.TINY, device="cpu").double()
+    assert embed(model).dtype == torch.float64
+    assert not packed(model)
+    exact = embed(model)
+    torch.testing.assert_close(embed(model.float()).double(), exact, atol=1e-5, rtol=0)
+    assert packed(model)
