@@ -65,6 +65,8 @@ class Contender:
     bound: Deviation | None
     # fewest bytes the work moves, each input read and each output written once; 0 if not counted
     bytes: int = 0
+    # name of the ceiling its time is compared with; None for the slowest of the case
+    ceiling: str | None = None
 
 
 @dataclass(frozen=True)
@@ -203,7 +205,12 @@ def interleave(
 
 
 def measure(
-    case: Case, *, repeats: int, device: torch.device, bar: tqdm[Any] | None = None
+    case: Case,
+    *,
+    repeats: int,
+    device: torch.device,
+    bar: tqdm[Any] | None = None,
+    warm_up: int = WARM_UP,
 ) -> list[Result]:
     """Time a case's contenders, checking every output of every call.
 
@@ -211,7 +218,8 @@ def measure(
         case: The work.
         repeats: Timed calls of each contender.
         device: Where the work happens.
-        bar: Advanced by one for every call, `WARM_UP + repeats` for each contender.
+        bar: Advanced by one for every call, `warm_up + repeats` for each contender.
+        warm_up: Calls of each contender before those.
 
     Raises:
         DisagreementError: An output is not the expected one.
@@ -229,7 +237,7 @@ def measure(
             bar.update()
 
     runs = {name: contender.run for name, contender in contenders.items()}
-    seconds = interleave(runs, repeats=repeats, device=device, inspect=inspect)
+    seconds = interleave(runs, repeats=repeats, device=device, inspect=inspect, warm_up=warm_up)
     return [
         Result(contender, deviations.get(name), seconds[name])
         for name, contender in contenders.items()
@@ -257,7 +265,11 @@ def projection_flop(config: NomicMoEConfig, tokens: int) -> int:
 
 
 def linear_ceiling(
-    config: NomicMoEConfig, tensors: Mapping[str, Tensor], routed: Sequence[Sequence[int]]
+    config: NomicMoEConfig,
+    tensors: Mapping[str, Tensor],
+    routed: Sequence[Sequence[int]],
+    prepare: Callable[[Tensor], Any] = lambda weight: weight,
+    linear: Callable[[Tensor, Any], Tensor] = F.linear,
 ) -> Callable[[], Tensor]:
     """Make a run of a forward's products with weights and nothing else: what could be reached.
 
@@ -268,16 +280,18 @@ def linear_ceiling(
         config: Sizes.
         tensors: The model's tensors.
         routed: Rows of each expert, for each MoE layer.
+        prepare: Makes of a weight (O, I) what `linear` takes, before the run.
+        linear: Computes a product, in place of `F.linear`.
     """
     rows = sum(routed[0])
     like = tensors["emb_ln.weight"]
     inputs = {
         width: torch.randn(rows, width).to(like) for width in (config.n_embd, config.ffn_width)
     }
-    products: list[tuple[Tensor, Tensor]] = []
+    products: list[tuple[Tensor, Any]] = []
 
     def add(weight: Tensor, rows: int) -> None:
-        products.append((inputs[weight.shape[1]][:rows], weight))
+        products.append((inputs[weight.shape[1]][:rows], prepare(weight)))
 
     tokens = rows // config.moe_top_k
     for index in range(config.n_layer):
@@ -301,7 +315,7 @@ def linear_ceiling(
     @torch.no_grad()
     def run() -> Tensor:
         for x, weight in products:
-            out = F.linear(x, weight)
+            out = linear(x, weight)
         return out
 
     return run
@@ -381,10 +395,15 @@ def _rows(case: Case, results: list[Result]) -> list[dict[str, Any]]:
         one.contender.name: np.percentile(one.seconds, (20, 50, 80)).tolist() for one in results
     }
     # what the work cannot do without takes at least this long
-    floors = [percentiles[one.contender.name][1] for one in results if one.contender.bound is None]
+    floors = {
+        one.contender.name: percentiles[one.contender.name][1]
+        for one in results
+        if one.contender.bound is None
+    }
     rows = []
     for contender, deviation, seconds in results:
         p20, median, p80 = percentiles[contender.name]
+        floor = floors.get(contender.ceiling or max(floors, key=floors.__getitem__, default=""))
         row: dict[str, Any] = {
             "name": contender.name,
             "tokens_per_s": case.tokens / median,
@@ -394,7 +413,7 @@ def _rows(case: Case, results: list[Result]) -> list[dict[str, Any]]:
             "tflop_per_s": contender.flop / median / 1e12,
             "ratio": percentiles[case.baseline][1] / median,
             **({"gb_per_s": contender.bytes / median / 1e9} if contender.bytes else {}),
-            **({"of_ceiling": max(floors) / median} if floors and contender.bound else {}),
+            **({"of_ceiling": floor / median} if floor and contender.bound else {}),
             "flop": contender.flop,
             "times_ms": [1e3 * one for one in seconds],
         }
@@ -409,11 +428,7 @@ def render(record: Mapping[str, Any]) -> str:
     """Write a record as Markdown that is readable on a terminal too."""
     settings = ", ".join(f"{name} {value}" for name, value in record["settings"].items())
     lines = [
-        f"# {record['benchmark']}, {record['date']}",
-        "",
-        f"    {record['command']}",
-        "",
-        f"Machine: {record['machine']}.",
+        *heading(record),
         f"Settings: {settings}.",
         "Ratio: speed relative to the contender at 1.00. TFLOP/s: work on real tokens only. "
         "Of ceiling: the slowest ceiling's time over this one's.",
@@ -439,12 +454,27 @@ def render(record: Mapping[str, Any]) -> str:
                     f"{row['deviation']['cosine_distance']:.1e}" if "deviation" in row else "",
                 ]
             )
-        lines += ["", f"## {case['title']}", "", *_table(cells)]
+        lines += ["", f"## {case['title']}", "", *table(cells)]
     return "\n".join(lines) + "\n"
 
 
-def write_results(record: Mapping[str, Any], folder: Path, stem: str) -> list[Path]:
+def heading(record: Mapping[str, Any]) -> list[str]:
+    """First lines of a report: what, when, how and where."""
+    return [
+        f"# {record['benchmark']}, {record['date']}",
+        "",
+        f"    {record['command']}",
+        "",
+        f"Machine: {record['machine']}.",
+    ]
+
+
+def write_results(
+    record: Mapping[str, Any], folder: Path, stem: str, text: str | None = None
+) -> list[Path]:
     """Write a record as `folder/DATE-stem.json` and `.md`, and return both paths.
+
+    The Markdown is `text`, or what `render` makes of the record.
 
     A number is added to the name where there are such files already: a result is never replaced.
     """
@@ -455,11 +485,11 @@ def write_results(record: Mapping[str, Any], folder: Path, stem: str) -> list[Pa
         if not any(path.exists() for path in paths):
             break
     paths[0].write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    paths[1].write_text(render(record), encoding="utf-8")
+    paths[1].write_text(render(record) if text is None else text, encoding="utf-8")
     return paths
 
 
-def _table(cells: list[list[str]]) -> list[str]:
+def table(cells: list[list[str]]) -> list[str]:
     """Align as a Markdown table: names to the left, numbers to the right."""
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     rows = [

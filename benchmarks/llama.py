@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from nomoe import NomicMoEConfig
+from nomoe.batching import make_batches
 
 # of a GGUF file: all matrices in one type, norms and biases in float32
 TYPES = ("f32", "bf16", "q8_0")
@@ -110,8 +111,8 @@ class LlamaCpp:
     Args:
         path: What `write_gguf` wrote.
         matrices: Type of its matrices, for the name.
-        most_tokens: Most tokens of a call.
-        most_texts: Most texts of a call.
+        most_tokens: Most tokens of a batch.
+        most_texts: Most texts of a batch.
         threads: CPU threads.
     """
 
@@ -141,6 +142,7 @@ class LlamaCpp:
         self._context = llama_cpp.llama_init_from_model(self._model, settings)
         if not self._context:
             raise RuntimeError(f"llama.cpp cannot make a context of {most_tokens} tokens")
+        self._most = (most_tokens, most_texts)
         self._batch = llama_cpp.llama_batch_init(most_tokens, 0, 1)
         self._width = llama_cpp.llama_model_n_embd(self._model)
 
@@ -150,6 +152,12 @@ class LlamaCpp:
 
     def __call__(self, texts: list[list[int]]) -> Tensor:
         """Embed, (B, D)."""
+        pooled_BD = torch.empty(len(texts), self._width)
+        for positions in make_batches([len(ids) for ids in texts], *self._most):
+            pooled_BD[positions] = self._embed([texts[position] for position in positions])
+        return pooled_BD
+
+    def _embed(self, texts: list[list[int]]) -> Tensor:
         library, batch = self._library, self._batch
         batch.n_tokens = 0
         for sequence, ids in enumerate(texts):

@@ -34,11 +34,17 @@ class Peer(Protocol):
 
 
 class Packed:
-    """nomoe: one packed batch without padding, longest text first, as `Encoder` makes it."""
+    """nomoe: packed batches without padding, longest text first, as `Encoder` makes them.
 
-    def __init__(self, model: NomicMoEModel) -> None:
+    Args:
+        model: The model.
+        batch_tokens: Most tokens of a batch; None for one batch whatever its size.
+    """
+
+    def __init__(self, model: NomicMoEModel, batch_tokens: int | None = None) -> None:
         self.name = f"nomoe ({model.backend.name})"
         self.model = model
+        self.batch_tokens = batch_tokens
 
     def available(self) -> str | None:
         """It runs wherever its model was built."""
@@ -48,14 +54,19 @@ class Packed:
     def __call__(self, texts: list[list[int]]) -> Tensor:
         """Embed, (B, D)."""
         lengths = [len(ids) for ids in texts]
-        [positions] = make_batches(lengths, sum(lengths), None)
-        ids_T = self._ids(texts[position] for position in positions)
-        packed_lengths = [lengths[position] for position in positions]
-        hidden_TD = self.model.forward_packed(ids_T, packed_lengths).last_hidden_state
-        pooled_BD = self.model.backend.ops.mean_pool(hidden_TD, packed_lengths)
-        in_order_BD = torch.empty_like(pooled_BD)
-        in_order_BD[positions] = pooled_BD
-        return in_order_BD
+        pooled_BD = torch.empty(
+            len(texts), self.model.config.n_embd, dtype=torch.float32, device=self.model.device
+        )
+        for positions in self.batches(lengths):
+            ids_T = self._ids(texts[position] for position in positions)
+            packed_lengths = [lengths[position] for position in positions]
+            hidden_TD = self.model.forward_packed(ids_T, packed_lengths).last_hidden_state
+            pooled_BD[positions] = self.model.backend.ops.mean_pool(hidden_TD, packed_lengths)
+        return pooled_BD
+
+    def batches(self, lengths: list[int]) -> list[list[int]]:
+        """Positions of the texts of each batch."""
+        return make_batches(lengths, self.batch_tokens or sum(lengths), None)
 
     @torch.no_grad()
     def routed_rows(self, texts: list[list[int]]) -> list[list[int]]:

@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
 
@@ -339,6 +340,69 @@ def test_a_layer_that_is_wrong_only_in_the_middle_is_refused(bench_moe):
     work.runs["nomoe (torch)"] = lambda one: right(one) * (1.01 if one is layers[2] else 1)
     with pytest.raises(RuntimeError, match="layer, 5 tokens, balanced, nomoe"):
         bench_moe.build_case(work, layers, "float32", CPU)
+
+
+# --- on a CPU ---
+
+
+@pytest.fixture
+def bench_cpu(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    return importlib.import_module("bench_cpu")
+
+
+def test_smoke_run_on_a_cpu(bench_cpu, tmp_path, capsys):
+    assert bench_cpu.main(["--smoke", "--repeats=1", "--threads=1", f"--output={tmp_path}"]) == 0
+    record = json.loads(next(tmp_path.glob("*-bench_cpu-smoke.json")).read_text())
+    if find_spec("llama_cpp") is None:
+        assert "llama_cpp" in record["not_run"]["llama.cpp"]
+    assert len(record["cases"]) == 4
+    for case in record["cases"]:
+        rows = {row["name"]: row for row in case["contenders"]}
+        for dtype in ("float32", "bfloat16") if cpu.supports(torch.bfloat16) else ("float32",):
+            nomoe, loop = rows[f"nomoe, {dtype}"], rows[f"padded loop, {dtype}"]
+            ceiling = rows[f"ceiling: F.linear alone, {dtype}"]
+            assert nomoe["of_ceiling"] == pytest.approx(ceiling["median_ms"] / nomoe["median_ms"])
+            assert loop["of_ceiling"] == pytest.approx(ceiling["median_ms"] / loop["median_ms"])
+            assert ceiling["flop"] == rows[f"ceiling: packed products alone, {dtype}"]["flop"]
+            assert nomoe["deviation"]["cosine_distance"] < (1e-12 if dtype == "float32" else 1e-3)
+    reading = [row for row in record["cases"][0]["contenders"] if "reading" in row["name"]]
+    width, ffn_width = 96, 192
+    matrices = 4 * 4 * width**2 + 2 * 2 * width * ffn_width + 2 * (8 + 16 * ffn_width) * width
+    # all of them at most, and at least those of two experts of eight
+    words = reading[0]["gb_per_s"] * reading[0]["median_ms"] * 1e6 / 4
+    assert matrices - 2 * 6 * 2 * ffn_width * width < words + 2 <= matrices + 2
+    assert bench_cpu.main(["--smoke", "--memory", f"--output={tmp_path}"]) == 0
+    rows = json.loads(next(tmp_path.glob("*-memory-smoke.json")).read_text())["rows"]
+    assert [row["name"] for row in rows[:2]] == ["nomoe, float32", "nomoe, bfloat16"]
+    assert all(row["peak_mb"] >= row["ready_mb"] > 1 and row["load_s"] > 0 for row in rows)
+
+
+def test_a_wrong_packed_product_leaves_no_speed(bench_cpu, tmp_path, monkeypatch, capsys):
+    right = cpu.linear
+    monkeypatch.setattr(cpu, "linear", lambda *inputs, **options: 1.01 * right(*inputs, **options))
+    assert bench_cpu.main(["--smoke", "--repeats=1", "--threads=1", f"--output={tmp_path}"]) == 1
+    assert "no speed is reported" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("matrices", ["f32", "bf16", "q8_0"])
+def test_llama_cpp_computes_the_same(bench_cpu, matrices, tiny, tmp_path):
+    pytest.importorskip("llama_cpp")
+    pytest.importorskip("gguf")
+    state = bench_cpu.no_expert_bias(tiny.state_dict())
+    path = tmp_path / "model.gguf"
+    bench_cpu.llama.write_gguf(path, tiny.config, state, matrices)
+    # two texts to a batch
+    peer = bench_cpu.llama.LlamaCpp(path, matrices, 64, 2, threads=1)
+    texts = draw_texts([40, 3, 9, 25, 1])
+    expected = peers.PaddedLoop(tiny.config, state)(texts)
+    bound = {"f32": 1e-6, "bf16": 1e-4, "q8_0": 1e-3}[matrices]
+    harness.check_agreement(matrices, peer(texts), expected, Deviation(bound, 0.2))
+    biased = peers.PaddedLoop(tiny.config, tiny.state_dict())(texts)
+    with pytest.raises(DisagreementError):
+        harness.check_agreement(matrices, peer(texts), biased, Deviation(bound, 0.2))
+    peer.close()
 
 
 # --- results ---

@@ -13,8 +13,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from nomoe import Encoder, cli, data, files
+from nomoe.moe import cpu_ops
 
 ROOT = Path(__file__).parent.parent
 LINES = ["The tide turns twice a day.", "", "潮水每天涨落两次。", "a\rb", " spaces "]
@@ -277,6 +279,8 @@ def test_info(capsys: pytest.CaptureFixture[str]) -> None:
     printed = capsys.readouterr().out
     for word in ("torch", "triton", "device", "backend", "published weights"):
         assert word in printed
+    if cpu_ops(torch.bfloat16):
+        assert "of float32's time here" in printed
 
 
 def test_a_bug_shows_its_traceback(
