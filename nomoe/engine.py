@@ -46,7 +46,7 @@ BUCKET_TEXTS = (1, 4, 16, 64, 256, 1024)
 # that one more costs the driver's own bookkeeping alone, which is not measured yet.
 MOST_RECORDINGS = 64
 
-# tokens of a batch where memory is no concern. On a CPU 2,048 to 8,192 are within 11 % of each other
+# tokens of a batch where memory is no concern. On a CPU 2,048 to 8,192 are within 12 % of another,
 # and float32 likes fewer, bfloat16 more; on a GPU not tuned yet, large enough for the products
 BATCH_TOKENS = {"cpu": 4096, "cuda": 65_536}
 # the fewest a shortage of memory brings that down to; what still does not fit is halved when met
