@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import pickle
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -130,6 +131,16 @@ def test_moe_block(
     if tokens:
         assert not (experts_TK == 1).any()
         assert off(out_TD, exact_TD) < max(1.2 * off(expected[0], exact_TD), BOUNDS[dtype])
+
+
+def test_a_torch_without_onednn_imports_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.ops, "mkldnn", object())
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    reloaded = importlib.reload(cpu)
+    assert not reloaded.supports(torch.float32)
+    model = NomicMoEModel.from_pretrained(data.TINY, device="cpu")
+    assert embed(model).isfinite().all()
+    assert not packed(model)
 
 
 # --- models

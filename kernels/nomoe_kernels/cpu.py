@@ -22,8 +22,6 @@ __all__ = ["add_layer_norm", "attention", "embed", "linear", "mean_pool", "moe_b
 # oneDNN lays a matrix out by the rows it expects; one layout serves a query and a batch alike
 _ROWS_EXPECTED = 1024
 
-_linear_pointwise = torch.ops.mkldnn._linear_pointwise.default
-
 
 def supports(dtype: torch.dtype) -> bool:
     """Whether this torch and this CPU multiply packed matrices of a dtype at speed."""
@@ -47,8 +45,9 @@ def unpack_weight(packed_OI: Tensor) -> Tensor:
 
 def linear(x_TI: Tensor, packed_OI: Tensor, bias_O: Tensor | None, *, gelu: bool = False) -> Tensor:
     """As `reference.linear`, with a packed matrix."""
-    # "none" is the GELU without an approximation, that is by erf
-    out_TO: Tensor = _linear_pointwise(
+    # looked up here, since a torch without oneDNN has no such operator; the last "none" is the GELU
+    # without an approximation, that is by erf
+    out_TO: Tensor = torch.ops.mkldnn._linear_pointwise.default(
         x_TI, packed_OI, bias_O, "gelu" if gelu else "none", [], "none"
     )
     return out_TO
