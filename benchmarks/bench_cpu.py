@@ -2,7 +2,7 @@
 
     python benchmarks/bench_cpu.py                  the real sizes; a quarter of an hour
     python benchmarks/bench_cpu.py --long           and 512 texts of mixed lengths, once each
-    python benchmarks/bench_cpu.py --memory         time to load and memory instead, at full size
+    python benchmarks/bench_cpu.py --memory         time to load and memory (Linux), at full size
     python benchmarks/bench_cpu.py --smoke          a toy model, in seconds
 
 nomoe, the padded looping form and llama.cpp (where its bindings are installed, see llama.py) take
@@ -50,8 +50,8 @@ NOMOE_TYPES = ("float32", "bfloat16")
 # most tokens and texts of a batch, of nomoe as of llama.cpp: nomoe's own budget on a CPU
 BATCH_TOKENS = 4096
 BATCH_TEXTS = 64
-# of pooled vectors against float64: twice what was seen, and beside it what one text of a case may
-# be off, since near a tie 16 bits choose other experts and float32 a hair's breadth from one too
+# of pooled vectors against float64: some times what was seen (3.3e-3 in bfloat16, 1.7e-2 in q8_0),
+# and in DRIFT what one text of a case may be off beside, since near a tie it takes other experts
 BOUNDS = {
     "float32": Deviation(1e-8, 1e-4),
     "bfloat16": Deviation(0.01, 2.0),
@@ -310,6 +310,8 @@ def main(arguments: list[str] | None = None) -> int:
             parser.error(f"--{name} is {value}, expected at least 1")
     if args.threads is not None:
         torch.set_num_threads(args.threads)
+    if not cpu.supports(torch.float32):
+        parser.error("this torch has no oneDNN, which nomoe's products on a CPU run in")
     if args.report_memory:
         report_memory(Path(args.report_memory[0]), args.report_memory[1])
         return 0

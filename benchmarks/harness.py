@@ -431,7 +431,8 @@ def render(record: Mapping[str, Any]) -> str:
         *heading(record),
         f"Settings: {settings}.",
         "Ratio: speed relative to the contender at 1.00. TFLOP/s: work on real tokens only. "
-        "Of ceiling: the slowest ceiling's time over this one's.",
+        "Of ceiling: the time of the slowest ceiling, or of the one that runs the contender's "
+        "dtype where there are several dtypes, over this one's.",
         *(f"Not run: {name}: {reason}." for name, reason in record["not_run"].items()),
     ]
     for case in record["cases"]:

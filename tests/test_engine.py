@@ -390,7 +390,7 @@ def test_large_batches_run_as_they_are(model: Any, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(torch.cuda.is_available(), reason="tests/test_gpu.py records for real")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="tests/test_gpu_engine.py records for real")
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # the mean of no tokens
 def test_the_real_model_replays() -> None:
     torch.manual_seed(0)

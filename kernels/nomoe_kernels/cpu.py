@@ -17,7 +17,18 @@ from torch import Tensor
 
 from .reference import MoEWeights, Norm, embed, mean_pool, rotary_angles, route
 
-__all__ = ["add_layer_norm", "attention", "embed", "linear", "mean_pool", "moe_block", "pack"]
+__all__ = [
+    "add_layer_norm",
+    "attention",
+    "embed",
+    "linear",
+    "mean_pool",
+    "moe_block",
+    "pack",
+    "pack_weight",
+    "supports",
+    "unpack_weight",
+]
 
 # oneDNN lays a matrix out by the rows it expects; one layout serves a query and a batch alike
 _ROWS_EXPECTED = 1024
