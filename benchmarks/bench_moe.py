@@ -228,7 +228,7 @@ def kernel_works(tokens: int, layers: list[Layer], *, all_tiles: bool) -> list[W
     The layer's own calls differ in two things: there the first product divides the order of the
     rows itself, and the second writes its rows back in token order.
     """
-    from nomoe_kernels import fused
+    from nomoe_kernels import fused, launch
 
     layer = layers[0]
     E, D, F_ = layer.w1_EDF.shape
@@ -242,8 +242,8 @@ def kernel_works(tokens: int, layers: list[Layer], *, all_tiles: bool) -> list[W
     h_RF = torch.rand(len(rows_RD), F_, device=x_TD.device).to(x_TD.dtype)
     R, item, matrices = len(rows_RD), x_TD.itemsize, E * D * F_ * x_TD.itemsize
     device = x_TD.device
-    counts_PE, chunk = fused._route(
-        x_TD, layer.router_ED, *fused._empty_routing(x_TD, TOP_K), normalize=False, counts=True
+    counts_PE, chunk = launch.route(
+        x_TD, layer.router_ED, *launch.empty_routing(x_TD, TOP_K), normalize=False, counts=True
     )
     plan = configs.plan(configs.device_of(device), configs.Shape(E, D, F_, item, R))
 
@@ -336,7 +336,7 @@ def kernel_works(tokens: int, layers: list[Layer], *, all_tiles: bool) -> list[W
         ),
         memory_work(
             "permute with rows",
-            lambda: fused._permute(experts_TK, counts_PE, chunk * TOP_K, x_TD)[2],
+            lambda: launch.permute(experts_TK, counts_PE, chunk * TOP_K, x_TD)[2],
             lambda: x_TD[sort_by_expert(experts_TK, E)[1] // TOP_K],
             tokens * (1 + TOP_K) * D * item,
         ),

@@ -143,20 +143,20 @@ def _triton_obstacle(
         major, minor = torch.cuda.get_device_capability(device)
         if major < 8:
             return f"{device} has compute capability {major}.{minor}, below 8.0"
-    from nomoe_kernels import fused
+    from nomoe_kernels import checks
 
-    if device.type != "cuda" and not (device.type == "cpu" and fused.INTERPRETED):
+    if device.type != "cuda" and not (device.type == "cpu" and checks.INTERPRETED):
         return f"Triton's kernels need CUDA, and this is {device.type}"
-    if dtype is not None and dtype not in fused.DTYPES:
+    if dtype is not None and dtype not in checks.DTYPES:
         return f"its kernels do not take {dtype}"
-    if fused.INTERPRETED and dtype == torch.bfloat16:
+    if checks.INTERPRETED and dtype == torch.bfloat16:
         return "Triton's interpreter multiplies bfloat16 wrongly"
     if config is None:
         return None
-    if config.num_experts > fused.MAX_EXPERTS or config.moe_top_k > fused.MAX_TOP_K:
+    if config.num_experts > checks.MAX_EXPERTS or config.moe_top_k > checks.MAX_TOP_K:
         return (
-            f"its kernels take {fused.MAX_EXPERTS} experts and {fused.MAX_TOP_K} of them per token"
-            f" at most, the model has {config.num_experts} and {config.moe_top_k}"
+            f"its kernels take {checks.MAX_EXPERTS} experts and {checks.MAX_TOP_K} of them per "
+            f"token at most, the model has {config.num_experts} and {config.moe_top_k}"
         )
     if config.n_embd % 16 or config.ffn_width % 16:
         return (

@@ -27,7 +27,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from nomoe_kernels import configs, fused
+from nomoe_kernels import checks, configs, fused, launch
 from nomoe_kernels.configs import Device, Plan, Shape, Tile
 from nomoe_kernels.reference import Norm
 
@@ -121,11 +121,11 @@ def split_copies(ttgir: str) -> int:
 def compile_all(name: str, run: Callable[[], None]) -> list[dict[str, Any]]:
     """Run something that launches kernels and report each distinct one compiled for a target."""
     driver.set_active(NoDevice(target_of(name)))
-    launch = JITFunction.run
+    run_kernel = JITFunction.run
     reports: dict[str, dict[str, Any]] = {}
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
-        kernel = launch(self, *args, grid=grid, warmup=True, **options)
+        kernel = run_kernel(self, *args, grid=grid, warmup=True, **options)
         shown = {
             key: value
             for key, value in options.items()
@@ -146,7 +146,7 @@ def compile_all(name: str, run: Callable[[], None]) -> list[dict[str, Any]]:
     try:
         run()
     finally:
-        JITFunction.run = launch
+        JITFunction.run = run_kernel
     return list(reports.values())
 
 
@@ -155,10 +155,10 @@ E, K, D, F, H = 8, 2, 768, 3072, 64
 
 def prepare(name: str) -> None:
     """Let the layer run on CPU tensors as if they were on the device."""
-    fused._device = lambda _: DEVICES[name]
-    fused._check_device = lambda name, tensor: None
-    fused._allocate = lambda size, alignment, stream: torch.empty(size, dtype=torch.int8)
-    fused._is_nvidia = lambda tensor: name.startswith("cuda")
+    launch.device = lambda _: DEVICES[name]
+    checks.device = lambda name, tensor: None
+    launch.allocate = lambda size, alignment, stream: torch.empty(size, dtype=torch.int8)
+    launch.is_nvidia = lambda tensor: name.startswith("cuda")
 
 
 def weights(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -185,10 +185,10 @@ def launch_layers(device: Device, dtype: torch.dtype) -> None:
     x, vector = torch.empty(64, D, dtype=dtype), torch.empty(D, dtype=dtype)
     norm = Norm(vector, vector, 1e-5)
     fused.add_norm_route(x, x, norm, router, K)
-    routing = fused._empty_routing(x, K)
+    routing = launch.empty_routing(x, K)
     for counts in (False, True):
         live = torch.zeros(1, dtype=torch.int32)
-        fused._route(
+        launch.route(
             x,
             router,
             *routing,
@@ -200,7 +200,7 @@ def launch_layers(device: Device, dtype: torch.dtype) -> None:
         )
     for parts in (1, 4):
         rows = torch.empty(parts, 64 * K, D, dtype=torch.float32 if parts > 1 else dtype)
-        fused._unpermute(rows, bias, x, K, added=(x, norm))
+        launch.unpermute(rows, bias, x, K, added=(x, norm))
     positions = torch.zeros(256, dtype=torch.int64)
     for lengths in ([256], [60] * 4, [16] * 16):
         T = sum(lengths)
@@ -218,8 +218,8 @@ def launch_products(tile: Tile, dtype: torch.dtype) -> None:
     w1, w2 = weights(dtype)
     x, h = torch.empty(4096, D, dtype=dtype), torch.empty(4096, F, dtype=dtype)
     ends, order = torch.zeros(E, dtype=torch.int32), torch.zeros(4096, dtype=torch.int64)
-    fused._grouped_gemm(x, w1, ends, h, tile, gelu=True)
-    fused._grouped_gemm(h, w2, ends, x, tile, row_weights_R=torch.empty(4096), scatter_R=order)
+    launch.grouped_gemm(x, w1, ends, h, tile, gelu=True)
+    launch.grouped_gemm(h, w2, ends, x, tile, row_weights_R=torch.empty(4096), scatter_R=order)
 
 
 if __name__ == "__main__":

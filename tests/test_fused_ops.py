@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime.interpreter import interpreter_builder
 
-from nomoe_kernels import configs, fused, products, reference
+from nomoe_kernels import configs, fused, launch, products, reference
 from nomoe_kernels.configs import Plan, Tile
 from nomoe_kernels.reference import MoEWeights, Norm
 from nomoe_kernels.tune import Layer
@@ -237,7 +237,7 @@ def test_programs_may_run_in_any_order(kernel: str, monkeypatch: pytest.MonkeyPa
     # how many programs share the tiles of a persistent grid
     for multiprocessors in (1, 3, 1000):
         many = device._replace(multiprocessors=multiprocessors)
-        monkeypatch.setattr(fused, "_device", lambda _, many=many: many)
+        monkeypatch.setattr(launch, "device", lambda _, many=many: many)
         result = fused.run_layer(*layer, tiles=PLANS[kernel])
         for one, other in zip(result, expected, strict=True):
             assert torch.equal(one, other)
@@ -291,7 +291,7 @@ def test_route(tokens: int, experts: int, top_k: int, width: int, dtype: torch.d
 def test_permute(
     programs: int, tokens: int, top_k: int, experts: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fused, "ROUTING_PROGRAMS", programs)
+    monkeypatch.setattr(launch, "ROUTING_PROGRAMS", programs)
     generator = torch.Generator().manual_seed(tokens)
     # the upper half of the experts stays empty
     experts_TK = torch.randint(experts // 2, (tokens, top_k), generator=generator).to(DEVICE)
@@ -305,7 +305,7 @@ def test_permute(
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("programs", [1, 3, 528])
 def test_layer_shared_among_programs(programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused, "ROUTING_PROGRAMS", programs)
+    monkeypatch.setattr(launch, "ROUTING_PROGRAMS", programs)
     layer = make_layer(Case(45, ffn_width=32), torch.float32)
     exact_TD = exact_layer(layer)[0]
     for tiles in (PLANS["pointer"], PLANS["tma"]):
@@ -552,8 +552,8 @@ def no_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: Any, **options: Any) -> None:
         raise AssertionError("launched before the input was checked")
 
-    for name in ("_route", "_permute", "_grouped_gemm", "_small_gemm", "_unpermute"):
-        monkeypatch.setattr(fused, name, refuse)
+    for name in ("route", "permute", "grouped_gemm", "small_gemm", "unpermute"):
+        monkeypatch.setattr(launch, name, refuse)
 
 
 def change(**changes: Any) -> Callable[[Layer], Layer]:

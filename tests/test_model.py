@@ -16,7 +16,7 @@ from nomoe.model import resolve_device, resolve_dtype
 from nomoe.moe import Backend, BackendName, select_backend
 from nomoe.synthetic import random_model
 from nomoe.verify import compare_float32, golden_cases
-from nomoe_kernels import fused, reference
+from nomoe_kernels import checks, reference
 from tests import oracle
 
 BASE: dict[str, Any] = {
@@ -305,7 +305,7 @@ def test_autocast_leaves_the_router_in_float32() -> None:
 
 def test_backends(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    monkeypatch.setattr(fused, "INTERPRETED", False)
+    monkeypatch.setattr(checks, "INTERPRETED", False)
     assert select_backend("auto", cpu) == ("torch", "Triton's kernels need CUDA, and this is cpu")
     assert select_backend("torch", cpu).reason == "asked for"
     with pytest.raises(RuntimeError, match=r"backend='triton' cannot run: Triton's kernels need"):
@@ -315,13 +315,13 @@ def test_backends(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="expected 'auto', 'torch' or 'triton'"):
         select_backend("cuda", cpu)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(fused, "INTERPRETED", True)
+    monkeypatch.setattr(checks, "INTERPRETED", True)
     assert select_backend("triton", cpu).name == "triton"
     assert select_backend("auto", cpu).name == "torch", "the interpreter is for tests"
     with pytest.raises(RuntimeError, match="bfloat16 wrongly"):
         select_backend("triton", cpu, dtype=torch.bfloat16)
 
-    monkeypatch.setattr(fused, "INTERPRETED", False)
+    monkeypatch.setattr(checks, "INTERPRETED", False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     assert select_backend("auto", cuda).name == "triton"
     monkeypatch.setattr("nomoe.moe.find_spec", lambda name: None)

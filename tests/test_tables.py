@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nomoe_kernels import fused, reference
+from nomoe_kernels import fused, launch, reference
 from nomoe_kernels.layout import Layout, query_block
 from nomoe_kernels.reference import MoEWeights, Norm
 from nomoe_kernels.tables import TableOps
@@ -111,12 +111,12 @@ def test_padding_is_in_no_experts_group(case: Case, kernel: str, dtype: torch.dt
 def test_ends_count_real_rows_only() -> None:
     x_TD, _, moe, _ = weights_of(Case(37), torch.float32)
     count = torch.tensor([21], dtype=torch.int32, device=DEVICE)
-    weights_TK, experts_TK = fused._empty_routing(x_TD, 2)
-    counts_PE, chunk = fused._route(
+    weights_TK, experts_TK = launch.empty_routing(x_TD, 2)
+    counts_PE, chunk = launch.route(
         x_TD, moe.router_ED, weights_TK, experts_TK, normalize=False, counts=True, live=count
     )
     assert counts_PE is not None
-    order_R, ends_E, _ = fused._permute(experts_TK, counts_PE, chunk * 2, None)
+    order_R, ends_E, _ = launch.permute(experts_TK, counts_PE, chunk * 2, None)
     expected_R, expected_ends_E = reference.permute(
         reference.route(x_TD[:21], moe.router_ED, 2)[1], len(moe.router_ED)
     )

@@ -29,7 +29,7 @@ from tqdm.auto import tqdm
 from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources
 
-from . import configs, fused, reference
+from . import checks, configs, fused, reference
 from .configs import Device, Plan, Shape, Tile
 
 # weights that no L2 cache holds: five layers of 75 MB each
@@ -39,7 +39,7 @@ SMALL_ROWS = 2048
 SPLITS = (1, 2, 4, 8)
 # largest difference from plain torch, of its largest value
 TOLERANCE = {4: 1e-5, 2: 2e-2}
-DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in fused.DTYPES}
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in checks.DTYPES}
 
 
 class Layer(NamedTuple):
@@ -199,9 +199,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--again", action="store_true", help="measure what the table has, too")
     args = parser.parse_args(arguments)
     where = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if where.type == "cpu" and not fused.INTERPRETED:
+    if where.type == "cpu" and not checks.INTERPRETED:
         parser.error("there is no CUDA device to tune for")
-    if fused.INTERPRETED and args.output == configs.TUNED:
+    if checks.INTERPRETED and args.output == configs.TUNED:
         parser.error("under Triton's interpreter give --output: its times are not a device's")
     dtype = DTYPES[args.dtype]
     device = configs.device_of(where)

@@ -1,0 +1,216 @@
+"""How `nomoe_kernels.fused` launches its kernels: grids, blocks and warps. Nothing is checked."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from . import products, routing
+from .configs import Device, Tile, device_of, supports
+from .reference import Norm
+
+# programs that share the routing of a batch: four to a multiprocessor of an H200
+ROUTING_PROGRAMS = 528
+
+
+def route(
+    x_TD: Tensor,
+    router_weight_ED: Tensor,
+    weights_TK: Tensor,
+    experts_TK: Tensor,
+    *,
+    normalize: bool,
+    rounded_TD: Tensor | None = None,
+    added: tuple[Tensor, Norm] | None = None,
+    counts: bool = False,
+    live: Tensor | None = None,
+) -> tuple[Tensor | None, int]:
+    """Fill the weights and experts; the counts of each program if asked, and its tokens."""
+    (T, D), E, K = x_TD.shape, len(router_weight_ED), weights_TK.shape[1]
+    if T == 0:
+        return None, 0
+    if counts:
+        # who orders the rows reads all counts, so their number is bounded. Two rows to a warp: with
+        # one, and the counts, the compiler runs out of registers
+        (programs, chunk), block_t, warps = share(T, 16), 16, 8
+        counts_PE = experts_TK.new_empty(programs, E, dtype=torch.int32)
+    else:
+        programs, chunk, block_t, warps, counts_PE = triton.cdiv(T, 4), 4, 4, 4, None
+    y_TD, norm = added or (None, NO_NORM)
+    with on(x_TD):
+        routing.route_kernel[(programs,)](
+            x_TD, y_TD, norm.weight_D, norm.bias_D, router_weight_ED, rounded_TD,
+            weights_TK, experts_TK, counts_PE, live, T, chunk, norm.eps,
+            D=D, E=E, K=K, NORMALIZE=normalize, BLOCK_T=block_t, PIECE=piece(x_TD),
+            BLOCK_E=power_of_two(E), BLOCK_K=power_of_two(K), num_warps=warps,
+        )  # fmt: skip
+    return counts_PE, chunk
+
+
+def permute(
+    experts_TK: Tensor, counts_PE: Tensor, chunk: int, x_TD: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The order, the ends, and x in that order where it is given."""
+    (programs, E), K, R = counts_PE.shape, experts_TK.shape[1], experts_TK.numel()
+    order_R = experts_TK.new_empty(R)
+    ends_E = counts_PE.new_empty(E)
+    sorted_RD = None if x_TD is None else x_TD.new_empty(R, x_TD.shape[1])
+    D = 1 if x_TD is None else x_TD.shape[1]
+    with on(experts_TK):
+        routing.permute_kernel[(programs,)](
+            experts_TK, counts_PE, x_TD, order_R, ends_E, sorted_RD, R, chunk,
+            D=D, E=E, K=K, BLOCK_R=16, BLOCK_D=power_of_two(D), BLOCK_E=power_of_two(E),
+            BLOCK_P=max(1, 512 // power_of_two(E)),
+        )  # fmt: skip
+    return order_R, ends_E, sorted_RD
+
+
+def grouped_gemm(
+    rows_RI: Tensor,
+    weight_EIO: Tensor,
+    ends_E: Tensor,
+    out_RO: Tensor,
+    tile: Tile,
+    *,
+    gelu: bool = False,
+    row_weights_R: Tensor | None = None,
+    gather_R: Tensor | None = None,
+    scatter_R: Tensor | None = None,
+    divisor: int = 1,
+) -> None:
+    """Run the kernel that the tile names."""
+    (E, inner, outer), R = weight_EIO.shape, len(out_RO)
+    if tile.kernel == "small" or not supports(tile, E, inner):
+        raise ValueError(f"{tile} cannot cut a product of {E} experts and inner width {inner}")
+    if R == 0:
+        return
+    is_o_contiguous = weight_EIO.stride(2) == 1
+    # most tiles that R rows of at most E experts can make
+    tiles = (R + min(E, R) * (tile.block_m - 1)) // tile.block_m * triton.cdiv(outer, tile.block_n)
+    with on(rows_RI):
+        if tile.kernel == "pointer":
+            products.pointer_kernel[(tiles,)](
+                rows_RI, weight_EIO, ends_E, gather_R, scatter_R, row_weights_R, out_RO,
+                GATHER_DIVISOR=divisor, I=inner, O=outer, E=E, O_CONTIGUOUS=is_o_contiguous,
+                GELU=gelu, EXACT_GELU=rows_RI.dtype == torch.float32,
+                PRECISION=precision(rows_RI), BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
+                BLOCK_K=tile.block_k, BLOCK_E=power_of_two(E),
+                num_warps=tile.warps, num_stages=tile.stages,
+            )  # fmt: skip
+            return
+        for name, tensor in (("rows", rows_RI), ("weight", weight_EIO)):
+            if tensor.is_cuda and tensor.data_ptr() % 16:
+                raise ValueError(f"the {name} start at an address that is not a multiple of 16")
+        programs = min(tiles, device(rows_RI.device).multiprocessors)
+        # where the descriptors are kept that the programs make for themselves
+        triton.set_allocator(allocate)
+        products.tma_kernel[(programs,)](
+            rows_RI, weight_EIO, ends_E, scatter_R, row_weights_R, out_RO, R,
+            I=inner, O=outer, E=E, O_CONTIGUOUS=is_o_contiguous, GELU=gelu,
+            EXACT_GELU=rows_RI.dtype == torch.float32, PRECISION=precision(rows_RI),
+            BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
+            SPECIALIZE=tile.kernel == "specialized", num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+
+
+def small_gemm(
+    rows_RI: Tensor,
+    weight_EIO: Tensor,
+    experts_TK: Tensor,
+    out_SRO: Tensor,
+    tile: Tile,
+    *,
+    gelu: bool = False,
+    row_weights_R: Tensor | None = None,
+    divisor: int = 1,
+) -> None:
+    """Run the kernel for few rows, which finds each expert's by itself."""
+    (E, inner, outer), R = weight_EIO.shape, experts_TK.numel()
+    with on(rows_RI):
+        products.small_kernel[(triton.cdiv(outer, tile.block_n) * tile.splits, E)](
+            rows_RI, weight_EIO, experts_TK, row_weights_R, out_SRO, R,
+            GATHER_DIVISOR=divisor, I=inner, O=outer, O_CONTIGUOUS=weight_EIO.stride(2) == 1,
+            GELU=gelu, EXACT_GELU=rows_RI.dtype == torch.float32, PRECISION=precision(rows_RI),
+            SPLITS=tile.splits, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
+            BLOCK_R=64, num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+
+
+def unpermute(
+    rows_SRD: Tensor,
+    bias_D: Tensor,
+    out_TD: Tensor,
+    top_k: int,
+    added: tuple[Tensor, Norm] | None = None,
+) -> None:
+    """Sum each token's rows; with `added`, residual sum and LayerNorm after it."""
+    T, D = out_TD.shape
+    if T == 0:
+        return
+    residual_TD, norm = added or (None, NO_NORM)
+    with on(out_TD):
+        routing.unpermute_kernel[(triton.cdiv(T, 4),)](
+            rows_SRD, bias_D, residual_TD, norm.weight_D, norm.bias_D, out_TD, T, norm.eps,
+            D=D, K=top_k, PARTS=len(rows_SRD), BLOCK_T=4, PIECE=piece(rows_SRD),
+        )  # fmt: skip
+
+
+# what a kernel is given where it adds and normalises nothing
+NO_NORM: Any = Norm(None, None, 0.0)  # type: ignore[arg-type]
+
+
+def empty_routing(x_TD: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """Room for the weights and experts of tokens."""
+    shape = (x_TD.shape[0], top_k)
+    return (
+        torch.empty(shape, dtype=torch.float32, device=x_TD.device),
+        torch.empty(shape, dtype=torch.int64, device=x_TD.device),
+    )
+
+
+def share(count: int, block: int) -> tuple[int, int]:
+    """Programs, and how many of `count` items each owns: a multiple of `block`."""
+    chunk = triton.cdiv(triton.cdiv(count, ROUTING_PROGRAMS), block) * block
+    return triton.cdiv(count, chunk), chunk
+
+
+def power_of_two(size: int) -> int:
+    """The least that is no smaller."""
+    power: int = triton.next_power_of_2(size)
+    return power
+
+
+def allocate(size: int, alignment: int, stream: int | None) -> Tensor:
+    """Device memory for Triton; torch aligns to 512 bytes, more than it asks for."""
+    return torch.empty(size, dtype=torch.int8, device="cuda")
+
+
+def piece(x_TD: Tensor) -> int:
+    """How much of a row one warp loads at 16 bytes per thread, less where rows are shorter."""
+    return min(512 // x_TD.itemsize, power_of_two(x_TD.shape[-1]))
+
+
+def precision(rows: Tensor) -> str:
+    """How tl.dot multiplies float32; on AMD and under the interpreter plain float32."""
+    return "tf32x3" if is_nvidia(rows) and rows.dtype == torch.float32 else "ieee"
+
+
+def is_nvidia(tensor: Tensor) -> bool:
+    """Whether a tensor is on a CUDA device, which an AMD one is not."""
+    return tensor.is_cuda and torch.version.hip is None
+
+
+@lru_cache(maxsize=64)
+def device(device: torch.device) -> Device:
+    """What configurations depend on, asked of a device once."""
+    return device_of(device)
+
+
+def on(tensor: Tensor) -> AbstractContextManager[object]:
+    """Launch on the tensor's device, which need not be the current one."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
