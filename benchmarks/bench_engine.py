@@ -30,7 +30,7 @@ from tqdm.auto import tqdm
 
 from nomoe import Encoder, data, synthetic
 from nomoe.batching import make_batches
-from nomoe.engine import Engine, Pooling, pool, token_budget
+from nomoe.engine import Engine, Pooling, token_budget
 from nomoe.model import DTYPES, resolve_device, resolve_dtype
 from nomoe.moe import Layout
 
@@ -88,7 +88,7 @@ class Forward:
         ops, parts = self.model.backend.ops, []
         for ids_T, lengths in self.batches:
             hidden_TD = self.model.forward_packed(ids_T, lengths).last_hidden_state
-            parts.append(pool(ops, hidden_TD, lengths, self.pooling))
+            parts.append(ops.pool(hidden_TD, lengths, self.pooling))
         rows = torch.cat(parts)
         return torch.empty_like(rows).index_copy_(
             0, torch.tensor(self.order, device=rows.device), rows
@@ -105,7 +105,7 @@ def replayed(runner: Engine, ids: list[int], lengths: list[int], pooling: Poolin
 
     @torch.no_grad()
     def run() -> Tensor:
-        return pool(ops, model.forward_tables(ops).last_hidden_state, lengths, pooling)
+        return ops.pool(model.forward_tables(ops).last_hidden_state, lengths, pooling)
 
     return harness.captured(run)
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from nomoe import NomicMoEConfig, NomicMoEModel
 from nomoe.batching import make_batches
+from nomoe.moe import Pooling
 
 
 class Peer(Protocol):
@@ -61,7 +62,8 @@ class Packed:
             ids_T = self._ids(texts[position] for position in positions)
             packed_lengths = [lengths[position] for position in positions]
             hidden_TD = self.model.forward_packed(ids_T, packed_lengths).last_hidden_state
-            pooled_BD[positions] = self.model.backend.ops.mean_pool(hidden_TD, packed_lengths)
+            pooling = Pooling(hidden_TD.shape[1], False, False)
+            pooled_BD[positions] = self.model.backend.ops.pool(hidden_TD, packed_lengths, pooling)
         return pooled_BD
 
     def batches(self, lengths: list[int]) -> list[list[int]]:

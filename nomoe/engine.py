@@ -23,12 +23,12 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .config import NomicMoEConfig
 from .model import NomicMoEModel, NomicMoEOutput
 from .moe import Layout, Ops
+from .moe import Pooling as Pooling
 
 logger = logging.getLogger(__name__)
 
@@ -53,24 +53,6 @@ BATCH_TOKENS = {"cpu": 4096, "cuda": 65_536}
 _LEAST_BATCH_TOKENS = 512
 # of the free memory, the share that a batch may take: the rest is for fragmentation and others
 _MEMORY_SHARE = 0.8
-
-
-class Pooling(NamedTuple):
-    """What becomes of the hidden states of a text."""
-
-    # features to keep, and whether to normalise before and after dropping the others
-    dim: int
-    normalize_before: bool
-    normalize_after: bool
-
-
-def pool(ops: Ops, hidden_TD: Tensor, lengths: Sequence[int], pooling: Pooling) -> Tensor:
-    """Pool, truncate and normalise, (B, dim) float32."""
-    vectors = ops.mean_pool(hidden_TD, lengths)
-    if pooling.normalize_before:
-        vectors = F.normalize(vectors, dim=1)
-    vectors = vectors[:, : pooling.dim]
-    return F.normalize(vectors, dim=1) if pooling.normalize_after else vectors
 
 
 class Bucket(NamedTuple):
@@ -348,7 +330,7 @@ class Engine:
             if pending is not None:
                 return pending
         output, ops = self.forward(ids, lengths)
-        vectors = pool(ops, output.last_hidden_state, lengths, pooling)
+        vectors = ops.pool(output.last_hidden_state, lengths, pooling)
         return _fetch(vectors, to_host)
 
     @torch.no_grad()
@@ -469,7 +451,7 @@ class Engine:
         @torch.no_grad()
         def step() -> None:
             output = model.forward_tables(ops)
-            vectors.copy_(pool(ops, output.last_hidden_state, [], key.pooling))
+            vectors.copy_(ops.pool(output.last_hidden_state, [], key.pooling))
 
         return step
 

@@ -14,6 +14,7 @@ from nomoe_kernels import cpu, reference
 from nomoe_kernels.layout import Layout as Layout
 from nomoe_kernels.layout import Tables
 from nomoe_kernels.reference import MoEWeights, Norm
+from nomoe_kernels.reference import Pooling as Pooling
 
 from .config import NomicMoEConfig
 
@@ -51,7 +52,7 @@ class Ops(Protocol):
 
     def embed(self, ids_T: Tensor, words_VD: Tensor, type_D: Tensor, norm: Norm) -> Tensor: ...
 
-    def mean_pool(self, hidden_TD: Tensor, lengths: Sequence[int]) -> Tensor: ...
+    def pool(self, hidden_TD: Tensor, lengths: Sequence[int], pooling: Pooling) -> Tensor: ...
 
 
 class TableOps(Ops, Protocol):

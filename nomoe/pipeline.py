@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .batching import Batch, Result, make_batches, run_batches, tokenize_ahead, windows
-from .engine import Engine, Pooling, pool
+from .engine import Engine, Pooling
 from .tokenizer import Tokenizer, Tokens
 
 logger = logging.getLogger(__name__)
@@ -124,7 +124,7 @@ def embed_tokens(
     @torch.no_grad()
     def launch(batch: Batch) -> Callable[[], list[dict[str, Tensor]]]:
         output, ops = engine.forward(list(chain.from_iterable(batch.ids)), batch.lengths)
-        vectors = pool(ops, output.last_hidden_state, batch.lengths, plan.pooling)
+        vectors = ops.pool(output.last_hidden_state, batch.lengths, plan.pooling)
         hidden = output.last_hidden_state.float().split(batch.lengths)
         # clones, or keeping one text would keep its whole batch
         texts = [

@@ -29,7 +29,7 @@ from triton.runtime.jit import JITFunction
 
 from nomoe_kernels import checks, configs, fused, launch
 from nomoe_kernels.configs import Device, Plan, Shape, Tile
-from nomoe_kernels.reference import Norm
+from nomoe_kernels.reference import Norm, Pooling
 
 DEVICES = {
     "cuda:80": Device("A100", (8, 0), 108, 166_912),
@@ -210,7 +210,7 @@ def launch_layers(device: Device, dtype: torch.dtype) -> None:
     fused.add_layer_norm(x, x, norm)
     fused.permute(torch.zeros(64, K, dtype=torch.int64), E)
     fused.embed(torch.zeros(64, dtype=torch.int64), w2[0], vector, norm)
-    fused.mean_pool(x, [60, 4])
+    fused.pool(x, [60, 4], Pooling(D, True, True))
 
 
 def launch_products(tile: Tile, dtype: torch.dtype) -> None:

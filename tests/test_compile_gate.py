@@ -95,7 +95,7 @@ def test_kernels_compile_well(
 ) -> None:
     kernels = {report["kernel"] for report in reports[compiled]}
     every = {
-        *("route", "count", "permute", "unpermute", "add_layer_norm", "embed", "mean_pool"),
+        *("route", "count", "permute", "unpermute", "add_layer_norm", "embed", "pool"),
         *("pointer", "small", "attention"),
         *(["tma"] if compiled[0] == "cuda:90" and compiled[1] != "float32" else []),
     }

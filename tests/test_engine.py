@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,9 +22,9 @@ import torch
 from torch import Tensor
 
 from nomoe import NomicMoEModel, engine
-from nomoe.engine import BUCKET_TEXTS, BUCKET_TOKENS, Bucket, Engine, Pooling, bucket_of, pool
+from nomoe.engine import BUCKET_TEXTS, BUCKET_TOKENS, Bucket, Engine, Pooling, bucket_of
 from nomoe.model import NomicMoEOutput
-from nomoe_kernels import configs
+from nomoe_kernels import configs, reference
 from nomoe_kernels.layout import Layout
 from tests.test_model import batch_of, config_of
 
@@ -81,9 +80,9 @@ class StandInOps:
     def __init__(self, layout: Layout, numbers: Tensor, *, padded: bool) -> None:
         self.tables = layout.split(numbers)
 
-    def mean_pool(self, hidden_TD: Tensor, lengths: list[int]) -> Tensor:
-        bounds = self.tables.bounds.tolist()
-        return torch.stack([hidden_TD[i:j].mean(dim=0) for i, j in pairwise(bounds)])
+    def pool(self, hidden_TD: Tensor, lengths: list[int], pooling: Pooling) -> Tensor:
+        bounds = self.tables.bounds
+        return reference.pool(hidden_TD[: bounds[-1]], torch.diff(bounds).tolist(), pooling)
 
 
 class StandInBackend(NamedTuple):
@@ -403,7 +402,7 @@ def test_the_real_model_replays() -> None:
         ids_T = torch.tensor([one for text in texts for one in text])
         with torch.no_grad():
             hidden_TD = real.forward_packed(ids_T, sizes)[0]
-            right = pool(real.backend.ops, hidden_TD, sizes, POOLING)
+            right = real.backend.ops.pool(hidden_TD, sizes, POOLING)
         torch.testing.assert_close(run(runner, sizes, seed=seed), right, atol=DRIFT, rtol=0)
     assert recorder.replays == 3
 

@@ -7,6 +7,7 @@ cannot pass.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -20,7 +21,7 @@ from triton.runtime.interpreter import interpreter_builder
 
 from nomoe_kernels import configs, fused, launch, products, reference
 from nomoe_kernels.configs import Plan, Tile
-from nomoe_kernels.reference import MoEWeights, Norm
+from nomoe_kernels.reference import MoEWeights, Norm, Pooling
 from nomoe_kernels.tune import Layer
 
 CUDA = torch.cuda.is_available()
@@ -468,7 +469,7 @@ def test_blocks_of_queries() -> None:
 
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_embed_and_pool(dtype: torch.dtype) -> None:
+def test_embed(dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(8)
 
     def normal(*shape: int) -> Tensor:
@@ -484,14 +485,44 @@ def test_embed_and_pool(dtype: torch.dtype) -> None:
     )
     assert fused.embed(ids_T[:0], words_VD, *vectors).shape == (0, 96)
 
-    lengths = [1, 70, 29]
-    hidden_TD = normal(100, 160)
-    pooled = fused.mean_pool(hidden_TD, lengths)
-    exact = torch.stack([part.mean(0) for part in hidden_TD.double().split(lengths)])
-    assert pooled.dtype == torch.float32
-    torch.testing.assert_close(pooled.double(), exact, atol=5e-7, rtol=0)
-    assert torch.equal(pooled[1:2], fused.mean_pool(hidden_TD[1:71], [70])), "alone, the same bits"
-    assert fused.mean_pool(hidden_TD[:0], []).shape == (0, 160)
+
+def exact_pool(hidden_TD: Tensor, lengths: list[int], pooling: Pooling) -> Tensor:
+    vectors = torch.stack([part.mean(0) for part in hidden_TD.double().split(lengths)])
+    if pooling.normalize_before:
+        vectors = vectors / vectors.square().sum(1, keepdim=True).sqrt()
+    vectors = vectors[:, : pooling.dim]
+    length = vectors.square().sum(1, keepdim=True).sqrt()
+    return vectors / length if pooling.normalize_after else vectors
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+# widths of several pieces, of one, and that no piece divides
+@pytest.mark.parametrize(
+    ("width", "dim"), [(768, 768), (768, 200), (160, 160), (96, 1), (80, 17)], ids=str
+)
+def test_pool(width: int, dim: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(8)
+    # a mean that is not zero, and beside a block of 32 tokens one more and one less
+    lengths = [1, 33, 31, 32, 70]
+    hidden_TD = torch.randn(167, width, generator=generator) + torch.linspace(-2, 2, width)
+    hidden_TD = hidden_TD.to(DEVICE, dtype)
+    for before, after in itertools.product([False, True], repeat=2):
+        pooling = Pooling(dim, before, after)
+        pooled = fused.pool(hidden_TD, lengths, pooling)
+        exact = exact_pool(hidden_TD, lengths, pooling)
+        assert pooled.dtype == torch.float32
+        assert (pooled - exact).abs().max() <= 4e-7 * max(1.0, float(exact.abs().max()))
+        # alone the same bits, wherever it starts
+        alone = fused.pool(hidden_TD[34:65].contiguous(), [31], pooling)
+        assert torch.equal(pooled[2:3], alone)
+    assert fused.pool(hidden_TD[:0], [], Pooling(dim, True, True)).shape == (0, dim)
+
+
+def test_pool_of_nothing_but_zeros() -> None:
+    hidden_TD = torch.zeros(3, 32, device=DEVICE)
+    for module in (fused, reference):
+        assert module.pool(hidden_TD, [2, 1], Pooling(16, True, True)).tolist() == [[0.0] * 16] * 2
 
 
 @triton.jit
@@ -622,7 +653,10 @@ def test_bad_packed_input_is_refused() -> None:
     with pytest.raises(ValueError, match=r"ids_T is \(4,\) of torch.int32"):
         fused.embed(positions_T.int(), words_VD, row, Norm(row, row, 1e-5))
     with pytest.raises(ValueError, match="hidden_TD is"):
-        fused.mean_pool(words_VD, [4, 4])
+        fused.pool(words_VD, [4, 4], Pooling(16, True, True))
+    for dim in (0, 17):
+        with pytest.raises(ValueError, match=f"{dim} features were asked for, hidden_TD has 16"):
+            fused.pool(words_VD, [4, 5], Pooling(dim, True, True))
 
 
 @pytest.mark.usefixtures("no_launch")

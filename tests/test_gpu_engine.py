@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from nomoe import Encoder, NomicMoEModel, engine
-from nomoe.engine import Bucket, Engine, Pooling, pool
+from nomoe.engine import Bucket, Engine, Pooling
 
 pytestmark = pytest.mark.gpu
 
@@ -45,7 +45,7 @@ def ids_of(model: NomicMoEModel, count: int, seed: int = 0) -> list[int]:
 @torch.no_grad()
 def eager(model: NomicMoEModel, ids: list[int], lengths: list[int]) -> Tensor:
     hidden_TD = model.forward_packed(torch.tensor(ids, device="cuda"), lengths)[0]
-    return pool(model.backend.ops, hidden_TD, lengths, POOLING).cpu()
+    return model.backend.ops.pool(hidden_TD, lengths, POOLING).cpu()
 
 
 def check_alike(got: Tensor, expected: Tensor, dtype: torch.dtype) -> None:

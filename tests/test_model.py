@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nomoe import NomicMoEConfig, NomicMoEModel, data
 from nomoe.model import resolve_device, resolve_dtype
-from nomoe.moe import Backend, BackendName, select_backend
+from nomoe.moe import Backend, BackendName, Pooling, select_backend
 from nomoe.synthetic import random_model
 from nomoe.verify import compare_float32, golden_cases
 from nomoe_kernels import checks, reference
@@ -278,12 +278,12 @@ def test_a_fresh_model_is_finite() -> None:
 def test_batch_mates_move_a_text_by_at_most_5e_7(full_width: NomicMoEModel) -> None:
     """Full width, float32: pooled unit vectors alone and inside batches of other texts."""
     texts = batch_of([3, 16, 90, 16, 7, 128, 33, 5, *range(6, 48, 2)], vocabulary=4096)
-    mean_pool = full_width.backend.ops.mean_pool
+    pool, pooling = full_width.backend.ops.pool, Pooling(full_width.config.n_embd, False, True)
 
     def embed(batch: list[list[int]]) -> Tensor:
         ids_T, lengths = packed(batch)
         hidden_TD = full_width.forward_packed(ids_T, lengths)[0]
-        return torch.nn.functional.normalize(mean_pool(hidden_TD, lengths), dim=1)
+        return pool(hidden_TD, lengths, pooling)
 
     alone = torch.cat([embed([text]) for text in texts])
     drift = (embed(texts) - alone).abs().max()
@@ -397,7 +397,8 @@ def test_triton_backend_refuses_to_train() -> None:
             hidden_TD.sum().backward()
     # a head of one's own trains on vectors, and must not hide that the encoder does not
     head = torch.nn.Linear(96, 2)
-    pooled_BD = model.backend.ops.mean_pool(model.forward_packed(ids_T, [3])[0], [3])
+    hidden_TD = model.forward_packed(ids_T, [3])[0]
+    pooled_BD = model.backend.ops.pool(hidden_TD, [3], Pooling(96, True, True))
     with pytest.raises(RuntimeError, match="no backward pass"):
         head(pooled_BD).sum().backward()
     with torch.no_grad():

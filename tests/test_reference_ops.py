@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from nomoe_kernels import reference
+from nomoe_kernels.reference import Pooling
 
 
 @pytest.mark.parametrize(
@@ -141,15 +142,23 @@ def test_add_layer_norm(dtype: torch.dtype) -> None:
     torch.testing.assert_close(result.double(), expected, atol=max(1e-4, ulp / 2), rtol=0)
 
 
-def test_mean_pool_is_in_float32_and_per_text() -> None:
+@pytest.mark.parametrize("before", [False, True])
+@pytest.mark.parametrize("after", [False, True])
+def test_pool_is_in_float32_and_per_text(before: bool, after: bool) -> None:
     torch.manual_seed(3)
     hidden_TD = torch.randn(700, 32).half()
     lengths = [1, 512, 187]
-    pooled = reference.mean_pool(hidden_TD, lengths)
+    pooling = Pooling(20, before, after)
+    pooled = reference.pool(hidden_TD, lengths, pooling)
     start = 0
     for row, length in zip(pooled, lengths, strict=True):
         expected = hidden_TD[start : start + length].double().mean(0)
+        if before:
+            expected /= expected.square().sum().sqrt()
+        expected = expected[:20]
+        if after:
+            expected /= expected.square().sum().sqrt()
         torch.testing.assert_close(row.double(), expected, atol=1e-6, rtol=0)
-        alone = reference.mean_pool(hidden_TD[start : start + length], [length])
+        alone = reference.pool(hidden_TD[start : start + length], [length], pooling)
         assert torch.equal(row, alone[0])
         start += length

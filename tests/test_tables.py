@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nomoe_kernels import fused, launch, reference
 from nomoe_kernels.layout import Layout, query_block
-from nomoe_kernels.reference import MoEWeights, Norm
+from nomoe_kernels.reference import MoEWeights, Norm, Pooling
 from nomoe_kernels.tables import TableOps
 from tests.test_fused_ops import DEVICE, DTYPES, PLANS, Case, make_layer, poisoned
 
@@ -141,6 +141,8 @@ def test_table_ops_are_those_of_fused(dtype: torch.dtype) -> None:
     qkv[36:], hidden_TD[36:] = math.nan, math.nan
     static = ops.pack([], positions_T, 64, width, 10000.0, dtype)
     assert torch.equal(ops.attention(qkv, static)[:36], expected)
-    pooled_BD = ops.mean_pool(hidden_TD, [])
-    assert torch.equal(pooled_BD[:3], fused.mean_pool(hidden_TD[:36], lengths))
-    assert pooled_BD.shape == (6, 96)
+    pooling = Pooling(64, False, True)
+    pooled_BD = ops.pool(hidden_TD, [], pooling)
+    assert torch.equal(pooled_BD[:3], fused.pool(hidden_TD[:36], lengths, pooling))
+    assert pooled_BD.shape == (6, 64)
+    assert pooled_BD[3:].isnan().all()

@@ -15,17 +15,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .reference import MoEWeights, Norm, embed, mean_pool, rotary_angles, route
+from .reference import MoEWeights, Norm, embed, pool, rotary_angles, route
 
 __all__ = [
     "add_layer_norm",
     "attention",
     "embed",
     "linear",
-    "mean_pool",
     "moe_block",
     "pack",
     "pack_weight",
+    "pool",
     "supports",
     "unpack_weight",
 ]

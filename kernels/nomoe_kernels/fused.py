@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -25,7 +26,7 @@ from torch import Tensor
 from . import checks, launch, packed, reference, routing
 from .configs import Plan, Shape, Tile, largest, plan
 from .layout import query_block
-from .reference import MoEWeights, Norm, rotary_angles
+from .reference import MoEWeights, Norm, Pooling, rotary_angles
 
 
 def route(
@@ -298,28 +299,24 @@ def embed(ids_T: Tensor, words_VD: Tensor, type_D: Tensor, norm: Norm) -> Tensor
     return _made_from(out_TD, words_VD, type_D, norm.weight_D, norm.bias_D)
 
 
-def mean_pool(hidden_TD: Tensor, lengths: Sequence[int]) -> Tensor:
-    """As `reference.mean_pool`.
+def pool(hidden_TD: Tensor, lengths: Sequence[int], pooling: Pooling) -> Tensor:
+    """As `reference.pool`, in one kernel.
 
     Raises:
         ValueError: Shapes, dtypes, devices or strides that no kernel takes.
     """
     checks.tensor("hidden_TD", hidden_TD, (sum(lengths), None))
-    bounds = [0]
-    for length in lengths:
-        bounds.append(bounds[-1] + length)
-    return mean_pool_between(hidden_TD, _copy(bounds, (len(bounds),), hidden_TD.device))
+    bounds = [0, *accumulate(lengths)]
+    return pool_between(hidden_TD, _copy(bounds, (len(bounds),), hidden_TD.device), pooling)
 
 
-def mean_pool_between(hidden_TD: Tensor, bounds: Tensor) -> Tensor:
-    """`mean_pool` of texts that start at bounds[:-1], int32 on the device; NaN for an empty one."""
+def pool_between(hidden_TD: Tensor, bounds: Tensor, pooling: Pooling) -> Tensor:
+    """`pool` of texts that start at bounds[:-1], int32 on the device; NaN for an empty one."""
     D = hidden_TD.shape[1]
-    out_BD = torch.empty(len(bounds) - 1, D, dtype=torch.float32, device=hidden_TD.device)
-    if len(out_BD):
-        with launch.on(hidden_TD):
-            packed.mean_pool_kernel[(len(out_BD), triton.cdiv(D, 128))](
-                hidden_TD, bounds, out_BD, D=D, BLOCK_T=32, BLOCK_D=128
-            )
+    if not 1 <= pooling.dim <= D:
+        raise ValueError(f"{pooling.dim} features were asked for, hidden_TD has {D}")
+    out_BD = hidden_TD.new_empty(len(bounds) - 1, pooling.dim, dtype=torch.float32)
+    launch.pool(hidden_TD, bounds, out_BD, pooling)
     return _made_from(out_BD, hidden_TD)
 
 

@@ -10,9 +10,9 @@ import torch
 import triton
 from torch import Tensor
 
-from . import products, routing
+from . import packed, products, routing
 from .configs import Device, Tile, device_of, supports
-from .reference import Norm
+from .reference import Norm, Pooling
 
 # programs that share the routing of a batch: four to a multiprocessor of an H200
 ROUTING_PROGRAMS = 528
@@ -158,6 +158,18 @@ def unpermute(
             rows_SRD, bias_D, residual_TD, norm.weight_D, norm.bias_D, out_TD, T, norm.eps,
             D=D, K=top_k, PARTS=len(rows_SRD), BLOCK_T=4, PIECE=piece(rows_SRD),
         )  # fmt: skip
+
+
+def pool(hidden_TD: Tensor, bounds: Tensor, out_BD: Tensor, pooling: Pooling) -> None:
+    """One program a text: its whole row is needed for the norm."""
+    if len(out_BD):
+        with on(hidden_TD):
+            # 32 rows of 768 fill the registers of 16 warps by half: as many loads in flight as go
+            packed.pool_kernel[(len(out_BD),)](
+                hidden_TD, bounds, out_BD, pooling.dim, D=hidden_TD.shape[1],
+                NORMALIZE_BEFORE=pooling.normalize_before, NORMALIZE_AFTER=pooling.normalize_after,
+                BLOCK_T=32, PIECE=piece(hidden_TD), num_warps=16,
+            )  # fmt: skip
 
 
 # what a kernel is given where it adds and normalises nothing

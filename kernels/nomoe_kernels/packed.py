@@ -139,28 +139,52 @@ def embed_kernel(
     store_pieces(out_ptr, tokens_T.to(tl.int64) * D, is_token_T, x, D, PIECE)
 
 
-@triton.jit
-def mean_pool_kernel(
+@triton.jit(do_not_specialize=["dim"])
+def pool_kernel(
     hidden_ptr,  # (T, D)
     bounds_ptr,  # (B + 1,) int32: where each text starts, and the last one ends
-    out_ptr,  # (B, D) float32
+    out_ptr,  # (B, dim) float32
+    dim,  # features to keep
     D: tl.constexpr,
+    NORMALIZE_BEFORE: tl.constexpr,
+    NORMALIZE_AFTER: tl.constexpr,
     BLOCK_T: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    PIECE: tl.constexpr,
 ):
-    """Mean over a text's tokens in float32; program (b, d) owns BLOCK_D features of text b."""
+    """Mean over a text's tokens, L2 norm, the first `dim` features, L2 norm; all in float32.
+
+    Program b owns text b, whose row is held in pieces as in `routing`. The order of every sum
+    depends on the text's own length alone. A text without tokens gives NaN.
+    """
+    PIECES: tl.constexpr = (D + PIECE - 1) // PIECE
     text = tl.program_id(0)
-    columns_D = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    in_row_D = columns_D < D
     start, stop = tl.load(bounds_ptr + text), tl.load(bounds_ptr + text + 1)
-    sum_TD = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
-    for first in range(start, stop, BLOCK_T):
+    # more rows than there are give zeros
+    tokens_T = start + tl.arange(0, BLOCK_T)
+    total = load_pieces(hidden_ptr, tokens_T.to(tl.int64) * D, tokens_T < stop, D, PIECE)
+    for first in range(start + BLOCK_T, stop, BLOCK_T):
         tokens_T = first + tl.arange(0, BLOCK_T)
-        hidden_TD = tl.load(
-            hidden_ptr + tokens_T.to(tl.int64)[:, None] * D + columns_D[None, :],
-            mask=(tokens_T < stop)[:, None] & in_row_D[None, :],
-            other=0.0,
-        )
-        sum_TD += hidden_TD.to(tl.float32)
-    mean_D = tl.sum(sum_TD, axis=0) / (stop - start)
-    tl.store(out_ptr + text.to(tl.int64) * D + columns_D, mean_D, mask=in_row_D)
+        rows = load_pieces(hidden_ptr, tokens_T.to(tl.int64) * D, tokens_T < stop, D, PIECE)
+        total = add_pieces(total, rows, PIECES)
+    means = ()
+    squares = 0.0
+    squares_kept = 0.0
+    for piece in tl.static_range(PIECES):
+        columns = piece * PIECE + tl.arange(0, PIECE)
+        mean = tl.sum(total[piece], axis=0) / (stop - start)
+        squares += tl.sum(mean * mean, axis=0)
+        squares_kept += tl.sum(tl.where(columns < dim, mean * mean, 0.0), axis=0)
+        means = means + (mean,)
+    scale = 1.0
+    # as torch.nn.functional.normalize: a vector shorter than this is not made longer than 1
+    SHORTEST: tl.constexpr = 1e-12
+    if NORMALIZE_BEFORE:
+        length = tl.maximum(tl.sqrt(squares), SHORTEST)
+        scale /= length
+        squares_kept /= length * length
+    if NORMALIZE_AFTER:
+        scale /= tl.maximum(tl.sqrt(squares_kept), SHORTEST)
+    out_ptr += text.to(tl.int64) * dim
+    for piece in tl.static_range(PIECES):
+        columns = piece * PIECE + tl.arange(0, PIECE)
+        tl.store(out_ptr + columns, means[piece] * scale, mask=columns < dim)

@@ -50,6 +50,16 @@ class MoEWeights(NamedTuple):
     normalize: bool = False
 
 
+class Pooling(NamedTuple):
+    """What becomes of the mean of a text's hidden states."""
+
+    # features to keep
+    dim: int
+    # make it unit norm before the others are dropped, and after
+    normalize_before: bool
+    normalize_after: bool
+
+
 def route(
     x_TD: Tensor, router_weight_ED: Tensor, top_k: int, *, normalize: bool = False
 ) -> tuple[Tensor, Tensor]:
@@ -370,9 +380,13 @@ def embed(ids_T: Tensor, words_VD: Tensor, type_D: Tensor, norm: Norm) -> Tensor
     return add_layer_norm(F.embedding(ids_T, words_VD), type_D, norm)
 
 
-def mean_pool(hidden_TD: Tensor, lengths: Sequence[int]) -> Tensor:
-    """Mean over each text's tokens, (B, D) in float32.
+def pool(hidden_TD: Tensor, lengths: Sequence[int], pooling: Pooling) -> Tensor:
+    """Mean over each text's tokens, normalised and cut as asked, (B, dim) in float32.
 
-    Each text is reduced on its own, so its mean does not depend on its batch.
+    Each text is reduced on its own, so its vector does not depend on its batch.
     """
-    return torch.stack([part.float().mean(dim=0) for part in hidden_TD.split(list(lengths))])
+    vectors = torch.stack([part.float().mean(dim=0) for part in hidden_TD.split(list(lengths))])
+    if pooling.normalize_before:
+        vectors = F.normalize(vectors, dim=1)
+    vectors = vectors[:, : pooling.dim]
+    return F.normalize(vectors, dim=1) if pooling.normalize_after else vectors

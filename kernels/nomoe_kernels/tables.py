@@ -10,7 +10,7 @@ from torch import Tensor
 from . import fused
 from .fused import Packing
 from .layout import Layout
-from .reference import MoEWeights, Norm
+from .reference import MoEWeights, Norm, Pooling
 
 
 class TableOps:
@@ -59,6 +59,6 @@ class TableOps:
         )
         return self._packing
 
-    def mean_pool(self, hidden_TD: Tensor, lengths: Sequence[int]) -> Tensor:
-        """As `fused.mean_pool`, (texts of the layout, D); NaN where a text is absent."""
-        return fused.mean_pool_between(hidden_TD, self.tables.bounds)
+    def pool(self, hidden_TD: Tensor, lengths: Sequence[int], pooling: Pooling) -> Tensor:
+        """As `fused.pool`, (texts of the layout, dim); NaN where a text is absent."""
+        return fused.pool_between(hidden_TD, self.tables.bounds, pooling)
