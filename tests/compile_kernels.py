@@ -28,7 +28,7 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from nomoe_kernels import checks, configs, fused, launch
-from nomoe_kernels.configs import Device, Plan, Shape, Tile
+from nomoe_kernels.configs import DenseShape, Device, Plan, Shape, Tile
 from nomoe_kernels.reference import Norm, Pooling
 
 DEVICES = {
@@ -182,6 +182,7 @@ def launch_layers(device: Device, dtype: torch.dtype) -> None:
         x = torch.empty(tokens, D, dtype=dtype)
         fused.run_layer(x, router, w1, w2, bias, K)
         fused.run_layer(x.float(), router, w1, w2, bias, K)
+    launch_dense(device, dtype)
     x, vector = torch.empty(64, D, dtype=dtype), torch.empty(D, dtype=dtype)
     norm = Norm(vector, vector, 1e-5)
     fused.add_norm_route(x, x, norm, router, K)
@@ -211,6 +212,20 @@ def launch_layers(device: Device, dtype: torch.dtype) -> None:
     fused.permute(torch.zeros(64, K, dtype=torch.int64), E)
     fused.embed(torch.zeros(64, dtype=torch.int64), w2[0], vector, norm)
     fused.pool(x, [60, 4], Pooling(D, True, True))
+
+
+def launch_dense(device: Device, dtype: torch.dtype) -> None:
+    """Every product with one matrix that is not left to the library, at every size class."""
+    seen = set()
+    for inner, outer, gelu in ((D, F, True), (F, D, False), (D, 3 * D, False), (D, D, False)):
+        weight, bias = torch.empty(outer, inner, dtype=dtype), torch.empty(outer, dtype=dtype)
+        for power in range(4, 18):
+            shape = DenseShape(inner, outer, dtype.itemsize, 1 << power, gelu)
+            tile = configs.dense(device, shape)
+            if tile != "library" and (tile, inner, outer) not in seen:
+                seen.add((tile, inner, outer))
+                x = torch.empty(1 << power, inner, dtype=dtype)
+                fused.linear(x, weight, bias, gelu=gelu)
 
 
 def launch_products(tile: Tile, dtype: torch.dtype) -> None:

@@ -66,8 +66,9 @@ def faults(report: dict[str, Any]) -> set[str]:
     if report["kernel"] in ROWS and report.get("barriers", 0) > MOST_BARRIERS:
         found.add("barriers")
     if report["kernel"] in PRODUCTS:
-        # fewer than 64 rows fit the older instruction alone, unless the operands are swapped
-        is_narrow = report["kernel"] != "small_kernel" and options["BLOCK_M"] < 64
+        # fewer than 64 rows, or columns where the operands are swapped, fit the older one alone
+        is_swapped = report["kernel"] == "small_kernel"
+        is_narrow = options["BLOCK_N" if is_swapped else "BLOCK_M"] < 64
         narrow = {"wgmma": "mma", "tcgen05": "mma"}
         instruction = INSTRUCTION.get(target, "mma")
         if not report[narrow.get(instruction, instruction) if is_narrow else instruction]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from nomoe_kernels import configs, tune
-from nomoe_kernels.configs import Device, Plan, Shape, Tile
+from nomoe_kernels.configs import DenseShape, Device, Plan, Shape, Tile
 from tests.compile_kernels import DEVICES
 
 LAYER = Shape(experts=8, width=768, ffn_width=3072, itemsize=2, rows=0)
@@ -30,6 +30,7 @@ def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 def forget() -> None:
     configs.tuned_entries.cache_clear()
     configs._plan.cache_clear()
+    configs._dense.cache_clear()
 
 
 def test_size_classes() -> None:
@@ -86,6 +87,45 @@ def test_the_table_overrides_the_formula(table: Path) -> None:
         assert configs.plan(H200, other) != measured
     # a device of the same capability may have fewer multiprocessors or less memory
     assert configs.plan(H200._replace(name="H800"), shape) != measured
+
+
+FC1 = DenseShape(inner=768, outer=3072, itemsize=2, rows=0, gelu=True)
+FC2 = DenseShape(inner=3072, outer=768, itemsize=2, rows=0, gelu=False)
+
+
+@pytest.mark.parametrize("device", DEVICES.values(), ids=DEVICES)
+@pytest.mark.parametrize("itemsize", [2, 4])
+def test_the_formula_of_dense_products(device: Device, itemsize: int) -> None:
+    for power in range(4, 21):
+        up, down = (
+            configs.dense_formula(device, shape._replace(itemsize=itemsize, rows=1 << power))
+            for shape in (FC1, FC2)
+        )
+        for tile in (up, down):
+            if tile != "library":
+                assert tile.shared_memory(itemsize) <= device.shared_memory
+                assert (tile.kernel == "small") == (1 << power <= configs.DENSE_SMALL_ROWS)
+                # nobody sums the parts
+                assert tile.splits == 1
+        # three passes of tf32 against plain float32: on these they gain nothing
+        is_slow = itemsize == 4 and device.capability in ((8, 6), (8, 9), (12, 0))
+        assert (up == "library") == is_slow
+        gains = itemsize == 4 and device.capability in configs.TF32_PAYS
+        assert (down == "library") == (not gains or 1 << power <= configs.SMALL_ROWS)
+
+
+def test_the_table_overrides_the_formula_of_dense_products(table: Path) -> None:
+    tile = Tile("pointer", 64, 64, 64, 4, 4)
+    measured = ((256, tile._asdict()), (512, "library"))
+    entries = [
+        {"kind": "dense", "device": "H200", "shape": FC1._replace(rows=R)._asdict(), "tile": one}
+        for R, one in measured
+    ]
+    table.write_text(json.dumps(entries))
+    assert configs.dense(H200, FC1._replace(rows=129)) == tile
+    assert configs.dense(H200, FC1._replace(rows=257)) == "library"
+    for other in (FC1._replace(rows=128), FC1._replace(rows=200, gelu=False)):
+        assert configs.dense(H200, other) == configs.dense_formula(H200, other)
 
 
 def test_candidates_fit() -> None:

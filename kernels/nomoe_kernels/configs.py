@@ -20,6 +20,12 @@ import torch
 # which finds its rows by itself, one launch less, should win.
 SMALL_ROWS = 256
 
+# the same for a product with one matrix
+DENSE_SMALL_ROWS = 64
+# Compute capabilities at which three passes of tf32 outrun float32 arithmetic: by the datasheets
+# tf32 has 8 times its rate on A100, 7 on H100 and 14 on B200, and at most twice on the others.
+TF32_PAYS = ((8, 0), (9, 0), (10, 0), (10, 3))
+
 TUNED = Path(__file__).with_name("tuned.json")
 
 Kernel = Literal["pointer", "tma", "specialized", "small"]
@@ -69,6 +75,16 @@ class Shape(NamedTuple):
     ffn_width: int
     itemsize: int
     rows: int
+
+
+class DenseShape(NamedTuple):
+    """The sizes of a product with one matrix, and whether a GELU follows."""
+
+    inner: int
+    outer: int
+    itemsize: int
+    rows: int
+    gelu: bool
 
 
 # Tiles by falling efficiency: what a multiprocessor does per second on each, next to the first.
@@ -133,21 +149,44 @@ def _plan(device: Device, shape: Shape) -> Plan:
     return tuned_plan(device, shape) or formula(device, shape)
 
 
-@lru_cache(maxsize=1)
-def tuned_entries() -> dict[tuple[str, Shape], Plan]:
+def dense(device: Device, shape: DenseShape) -> Tile | Literal["library"]:
+    """How a product with one matrix is cut, or that torch's library (cuBLAS) computes it."""
+    return _dense(device, shape._replace(rows=size_class(shape.rows)))
+
+
+@lru_cache(maxsize=1024)
+def _dense(device: Device, shape: DenseShape) -> Tile | Literal["library"]:
+    return tuned_entries().dense.get((device.name, shape)) or dense_formula(device, shape)
+
+
+class Tuned(NamedTuple):
     """What tuned.json holds, by device and shape."""
-    if not TUNED.exists():
-        return {}
-    entries = {}
-    for entry in json.loads(TUNED.read_text(encoding="utf-8")):
-        tiles = Plan(Tile(**entry["up"]), Tile(**entry["down"]))
-        entries[entry["device"], Shape(**entry["shape"])] = tiles
-    return entries
+
+    plans: dict[tuple[str, Shape], Plan]
+    dense: dict[tuple[str, DenseShape], Tile | Literal["library"]]
+
+
+@lru_cache(maxsize=1)
+def tuned_entries() -> Tuned:
+    """Read tuned.json, which need not be there."""
+    tuned = Tuned({}, {})
+    entries = json.loads(TUNED.read_text(encoding="utf-8")) if TUNED.exists() else []
+    for entry in entries:
+        name = entry["device"]
+        if entry["kind"] == "layer":
+            tiles = Plan(Tile(**entry["up"]), Tile(**entry["down"]))
+            tuned.plans[name, Shape(**entry["shape"])] = tiles
+        elif entry["kind"] == "dense":
+            tile = entry["tile"]
+            tuned.dense[name, DenseShape(**entry["shape"])] = (
+                "library" if tile == "library" else Tile(**tile)
+            )
+    return tuned
 
 
 def tuned_plan(device: Device, shape: Shape) -> Plan | None:
     """The plan measured on such a device for exactly these sizes."""
-    return tuned_entries().get((device.name, shape))
+    return tuned_entries().plans.get((device.name, shape))
 
 
 def formula(device: Device, shape: Shape) -> Plan:
@@ -158,6 +197,35 @@ def formula(device: Device, shape: Shape) -> Plan:
         largest(device, shape, shape.width, shape.ffn_width),
         largest(device, shape, shape.ffn_width, shape.width),
     )
+
+
+def dense_formula(device: Device, shape: DenseShape) -> Tile | Literal["library"]:
+    """Own kernels where they should gain, the library elsewhere; estimates.
+
+    In 16 bits the library multiplies faster than any kernel here, but a GELU of its own then reads
+    and writes the result once more, which costs about as much as the library gains on many rows,
+    and a launch on few. In float32 the library does not use tensor cores.
+    """
+    is_few = shape.rows <= SMALL_ROWS
+    if shape.itemsize == 4 and device.capability not in (*TF32_PAYS, (0, 0)):
+        return "library"
+    # with few rows only a split inner width keeps a device busy
+    if not shape.gelu and (is_few or shape.itemsize == 2 or device.capability not in TF32_PAYS):
+        return "library"
+    if shape.rows <= DENSE_SMALL_ROWS:
+        return _dense_small(device, shape)
+    one = Shape(1, shape.inner, shape.outer, shape.itemsize, shape.rows)
+    return largest(device, one, shape.inner, shape.outer)
+
+
+def _dense_small(device: Device, shape: DenseShape) -> Tile:
+    """Columns so few that most multiprocessors have some."""
+    block_m = 16 if shape.rows <= 16 else 32
+    block_k, stages = (32, 3) if shape.itemsize == 4 else (128, 4)
+    tile = Tile("small", block_m, 32, block_k, 4, stages)
+    if tile.shared_memory(shape.itemsize) > device.shared_memory:
+        return Tile("small", block_m, 32, 64, 4, 3)
+    return tile
 
 
 def menu(device: Device, itemsize: int) -> dict[Tile, float]:

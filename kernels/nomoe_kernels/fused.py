@@ -17,14 +17,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
 from . import checks, launch, packed, reference, routing
-from .configs import Plan, Shape, Tile, largest, plan
+from .configs import DenseShape, Plan, Shape, Tile, dense, largest, plan
 from .layout import query_block
 from .reference import MoEWeights, Norm, Pooling, rotary_angles
 
@@ -215,9 +215,45 @@ def add_layer_norm(x_TD: Tensor, y_TD: Tensor, norm: Norm) -> Tensor:
     return _made_from(out_TD, x_TD, y_TD, norm.weight_D, norm.bias_D)
 
 
-def linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, *, gelu: bool = False) -> Tensor:
-    """As `reference.linear`; the product is torch's."""
-    return reference.linear(x_TI, weight_OI, bias_O, gelu=gelu)
+def linear(
+    x_TI: Tensor,
+    weight_OI: Tensor,
+    bias_O: Tensor | None,
+    *,
+    gelu: bool = False,
+    tile: Tile | Literal["library"] | None = None,
+) -> Tensor:
+    """As `reference.linear`, with one rounding after the GELU, in a kernel or by torch's library.
+
+    Args:
+        x_TI: As the reference.
+        weight_OI: As the reference.
+        bias_O: As the reference.
+        gelu: As the reference.
+        tile: How to cut the product, or "library", instead of what `configs.dense` picks. The
+            library takes whatever torch takes, and its GELU reads a rounded product.
+
+    Raises:
+        ValueError: Shapes, dtypes, devices or strides that no kernel takes.
+    """
+    if tile is None:
+        outer, inner = weight_OI.shape
+        shape = DenseShape(inner, outer, x_TI.itemsize, len(x_TI), gelu)
+        tile = dense(launch.device(x_TI.device), shape)
+    if tile == "library":
+        return reference.linear(x_TI, weight_OI, bias_O, gelu=gelu)
+    checks.tensor("x_TI", x_TI, (None, None))
+    checks.tensor("weight_OI", weight_OI, (None, x_TI.shape[1]), like=x_TI, dtype=x_TI.dtype)
+    outer = len(weight_OI)
+    if outer % 16:
+        raise ValueError(f"weight_OI makes {outer} columns, expected a multiple of 16")
+    inputs = [x_TI, weight_OI]
+    if bias_O is not None:
+        checks.tensor("bias_O", bias_O, (outer,), like=x_TI, dtype=x_TI.dtype)
+        inputs.append(bias_O)
+    out_TO = x_TI.new_empty(len(x_TI), outer)
+    launch.linear(x_TI, weight_OI, bias_O, out_TO, tile, gelu=gelu)
+    return _made_from(out_TO, *inputs)
 
 
 class Packing(NamedTuple):

@@ -73,17 +73,18 @@ def permute(
 def grouped_gemm(
     rows_RI: Tensor,
     weight_EIO: Tensor,
-    ends_E: Tensor,
+    ends_E: Tensor | None,
     out_RO: Tensor,
     tile: Tile,
     *,
+    bias_O: Tensor | None = None,
     gelu: bool = False,
     row_weights_R: Tensor | None = None,
     gather_R: Tensor | None = None,
     scatter_R: Tensor | None = None,
     divisor: int = 1,
 ) -> None:
-    """Run the kernel that the tile names."""
+    """Run the kernel that the tile names; without ends the first matrix multiplies all rows."""
     (E, inner, outer), R = weight_EIO.shape, len(out_RO)
     if tile.kernel == "small" or not supports(tile, E, inner):
         raise ValueError(f"{tile} cannot cut a product of {E} experts and inner width {inner}")
@@ -95,7 +96,7 @@ def grouped_gemm(
     with on(rows_RI):
         if tile.kernel == "pointer":
             products.pointer_kernel[(tiles,)](
-                rows_RI, weight_EIO, ends_E, gather_R, scatter_R, row_weights_R, out_RO,
+                rows_RI, weight_EIO, bias_O, ends_E, gather_R, scatter_R, row_weights_R, out_RO, R,
                 GATHER_DIVISOR=divisor, I=inner, O=outer, E=E, O_CONTIGUOUS=is_o_contiguous,
                 GELU=gelu, EXACT_GELU=rows_RI.dtype == torch.float32,
                 PRECISION=precision(rows_RI), BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
@@ -110,7 +111,7 @@ def grouped_gemm(
         # where the descriptors are kept that the programs make for themselves
         triton.set_allocator(allocate)
         products.tma_kernel[(programs,)](
-            rows_RI, weight_EIO, ends_E, scatter_R, row_weights_R, out_RO, R,
+            rows_RI, weight_EIO, bias_O, ends_E, scatter_R, row_weights_R, out_RO, R,
             I=inner, O=outer, E=E, O_CONTIGUOUS=is_o_contiguous, GELU=gelu,
             EXACT_GELU=rows_RI.dtype == torch.float32, PRECISION=precision(rows_RI),
             BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
@@ -121,24 +122,44 @@ def grouped_gemm(
 def small_gemm(
     rows_RI: Tensor,
     weight_EIO: Tensor,
-    experts_TK: Tensor,
+    experts_TK: Tensor | None,
     out_SRO: Tensor,
     tile: Tile,
     *,
+    bias_O: Tensor | None = None,
     gelu: bool = False,
     row_weights_R: Tensor | None = None,
     divisor: int = 1,
 ) -> None:
     """Run the kernel for few rows, which finds each expert's by itself."""
-    (E, inner, outer), R = weight_EIO.shape, experts_TK.numel()
+    (E, inner, outer), R = weight_EIO.shape, out_SRO.shape[1]
     with on(rows_RI):
         products.small_kernel[(triton.cdiv(outer, tile.block_n) * tile.splits, E)](
-            rows_RI, weight_EIO, experts_TK, row_weights_R, out_SRO, R,
+            rows_RI, weight_EIO, bias_O, experts_TK, row_weights_R, out_SRO, R,
             GATHER_DIVISOR=divisor, I=inner, O=outer, O_CONTIGUOUS=weight_EIO.stride(2) == 1,
             GELU=gelu, EXACT_GELU=rows_RI.dtype == torch.float32, PRECISION=precision(rows_RI),
             SPLITS=tile.splits, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
             BLOCK_R=64, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
+
+
+def linear(
+    x_TI: Tensor,
+    weight_OI: Tensor,
+    bias_O: Tensor | None,
+    out_TO: Tensor,
+    tile: Tile,
+    *,
+    gelu: bool,
+) -> None:
+    """Run the product kernel that the tile names on one matrix."""
+    weight_EIO = weight_OI.T[None]
+    if tile.splits > 1:
+        raise ValueError(f"{tile} splits a product whose parts nobody sums")
+    if tile.kernel != "small":
+        grouped_gemm(x_TI, weight_EIO, None, out_TO, tile, bias_O=bias_O, gelu=gelu)
+    elif len(out_TO):
+        small_gemm(x_TI, weight_EIO, None, out_TO[None], tile, bias_O=bias_O, gelu=gelu)
 
 
 def unpermute(

@@ -1,6 +1,7 @@
-"""Triton kernels for the two products of a mixture-of-experts layer.
+"""Triton kernels for products: the two of a mixture-of-experts layer, and those of dense layers.
 
-Three kernels, one per regime; `configs` says which runs when:
+Three kernels, one per regime; `configs` says which runs when. Without a routing they multiply all
+rows by one matrix.
 
     pointer_kernel  any device; gathers its rows, so nothing need be copied into expert order
     tma_kernel      Hopper and later, many rows: sorted rows and weights through the tensor memory
@@ -85,6 +86,7 @@ def finish_tile(
     rows_M,
     is_row_M,
     columns_N,
+    bias_ptr,
     scatter_ptr,
     row_weights_ptr,
     out_ptr,
@@ -92,9 +94,12 @@ def finish_tile(
     GELU: tl.constexpr,
     EXACT_GELU: tl.constexpr,
 ):
-    """GELU, the row's weight, one rounding, and the store to the row it belongs to."""
+    """Bias, GELU, the row's weight, one rounding, and the store to the row it belongs to."""
     if scatter_ptr is not None:
         rows_M = tl.load(scatter_ptr + rows_M, mask=is_row_M, other=0)
+    if bias_ptr is not None:
+        bias_N = tl.load(bias_ptr + columns_N, mask=columns_N < O, other=0.0)
+        acc_MN += bias_N.to(tl.float32)[None, :]
     if GELU:
         acc_MN = gelu(acc_MN, EXACT_GELU)
     if row_weights_ptr is not None:
@@ -105,15 +110,17 @@ def finish_tile(
     tl.store(out_ptr + offsets_MN, acc_MN.to(out_ptr.dtype.element_ty), mask=inside_MN)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R"])
 def pointer_kernel(
     rows_ptr,  # (rows, I)
     weight_ptr,  # (E, I, O), or (E, O, I) where O_CONTIGUOUS is false
-    ends_ptr,  # (E,) int32
+    bias_ptr,  # (O,) or None
+    ends_ptr,  # (E,) int32, or None where one matrix serves all rows
     gather_ptr,  # (R,) int64 or None: routed row r reads rows[gather[r] // GATHER_DIVISOR]
     scatter_ptr,  # (R,) int64 or None: routed row r is written to out[scatter[r]]
     row_weights_ptr,  # (R,) float32 or None: a factor of each row of out
     out_ptr,  # (R, O)
+    R,
     GATHER_DIVISOR: tl.constexpr,
     I: tl.constexpr,
     O: tl.constexpr,
@@ -127,14 +134,18 @@ def pointer_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """out[scatter[r]] = row_weight * gelu(rows[gather[r]] @ weight[expert of r]).
+    """out[scatter[r]] = row_weight * gelu(rows[gather[r]] @ weight[expert of r] + bias).
 
     One program per tile; the grid is the most tiles R rows can make, and those to spare leave at
     once. Column tiles of one block of rows are neighbours, so that its rows stay in the L2 cache.
     """
     tiles_n: tl.constexpr = (O + BLOCK_N - 1) // BLOCK_N
     program = tl.program_id(0)
-    expert, start, stop = find_tile_vector(program // tiles_n, ends_ptr, E, BLOCK_E, BLOCK_M)
+    if ends_ptr is None:
+        start, stop = program // tiles_n * BLOCK_M, R
+    else:
+        expert, start, stop = find_tile_vector(program // tiles_n, ends_ptr, E, BLOCK_E, BLOCK_M)
+        weight_ptr += expert.to(tl.int64) * (I * O)
     if start >= stop:
         return
     rows_M = start + tl.arange(0, BLOCK_M)
@@ -147,12 +158,7 @@ def pointer_kernel(
     row_ptrs_MK = rows_ptr + from_M.to(tl.int64)[:, None] * I + inner_K[None, :]
     stride_i: tl.constexpr = O if O_CONTIGUOUS else 1
     stride_o: tl.constexpr = 1 if O_CONTIGUOUS else I
-    weight_ptrs_KN = (
-        weight_ptr
-        + expert.to(tl.int64) * (I * O)
-        + inner_K[:, None] * stride_i
-        + columns_N[None, :] * stride_o
-    )
+    weight_ptrs_KN = weight_ptr + inner_K[:, None] * stride_i + columns_N[None, :] * stride_o
     acc_MN = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for k in range(0, I, BLOCK_K):
         # beyond I zeros keep the sum; rows and columns beyond theirs are masked for the sake of the
@@ -164,7 +170,7 @@ def pointer_kernel(
         row_ptrs_MK += BLOCK_K
         weight_ptrs_KN += BLOCK_K * stride_i
     finish_tile(
-        acc_MN, rows_M, is_row_M, columns_N, scatter_ptr, row_weights_ptr, out_ptr,
+        acc_MN, rows_M, is_row_M, columns_N, bias_ptr, scatter_ptr, row_weights_ptr, out_ptr,
         O, GELU, EXACT_GELU,
     )  # fmt: skip
 
@@ -173,7 +179,8 @@ def pointer_kernel(
 def tma_kernel(
     rows_ptr,  # (R, I)
     weight_ptr,  # (E, I, O), or (E, O, I) where O_CONTIGUOUS is false
-    ends_ptr,  # (E,) int32
+    bias_ptr,  # (O,) or None
+    ends_ptr,  # (E,) int32, or None where one matrix serves all rows
     scatter_ptr,  # (R,) int64 or None: routed row r is written to out[scatter[r]]
     row_weights_ptr,  # (R,) float32 or None: a factor of each row of out
     out_ptr,  # (R, O)
@@ -190,7 +197,7 @@ def tma_kernel(
     BLOCK_K: tl.constexpr,
     SPECIALIZE: tl.constexpr,
 ):
-    """out[scatter[r]] = row_weight * gelu(rows[r] @ weight[expert of r]), for sorted rows.
+    """out[scatter[r]] = row_weight * gelu(rows[r] @ weight[expert of r] + bias), for sorted rows.
 
     A persistent grid: program p takes tiles p, p + programs, ... Column tiles of one block of rows
     are neighbours, so that its rows and its expert's matrix stay in the L2 cache. I must be a
@@ -207,12 +214,14 @@ def tma_kernel(
     else:
         weight_desc = tl.make_tensor_descriptor(weight_ptr, [E * O, I], [I, 1], [BLOCK_N, BLOCK_K])
     tiles_n: tl.constexpr = (O + BLOCK_N - 1) // BLOCK_N
-    tiles = 0
-    expert_start = 0
-    for e in tl.static_range(E):
-        expert_stop = tl.load(ends_ptr + e)
-        tiles += (expert_stop - expert_start + BLOCK_M - 1) // BLOCK_M
-        expert_start = expert_stop
+    tiles = (R + BLOCK_M - 1) // BLOCK_M
+    if ends_ptr is not None:
+        tiles = 0
+        expert_start = 0
+        for e in tl.static_range(E):
+            expert_stop = tl.load(ends_ptr + e)
+            tiles += (expert_stop - expert_start + BLOCK_M - 1) // BLOCK_M
+            expert_start = expert_stop
     for tile in tl.range(
         tl.program_id(0),
         tiles * tiles_n,
@@ -220,7 +229,10 @@ def tma_kernel(
         flatten=False,
         warp_specialize=SPECIALIZE,
     ):
-        expert, start, stop = find_tile(tile // tiles_n, ends_ptr, E, BLOCK_M)
+        if ends_ptr is None:
+            expert, start, stop = 0, tile // tiles_n * BLOCK_M, R
+        else:
+            expert, start, stop = find_tile(tile // tiles_n, ends_ptr, E, BLOCK_M)
         column = (tile % tiles_n) * BLOCK_N
         acc_MN = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for k in range(0, I, BLOCK_K):
@@ -233,8 +245,8 @@ def tma_kernel(
         rows_M = start + tl.arange(0, BLOCK_M)
         columns_N = column + tl.arange(0, BLOCK_N)
         finish_tile(
-            acc_MN, rows_M, rows_M < stop, columns_N, scatter_ptr, row_weights_ptr, out_ptr,
-            O, GELU, EXACT_GELU,
+            acc_MN, rows_M, rows_M < stop, columns_N, bias_ptr, scatter_ptr, row_weights_ptr,
+            out_ptr, O, GELU, EXACT_GELU,
         )  # fmt: skip
 
 
@@ -242,7 +254,8 @@ def tma_kernel(
 def small_kernel(
     rows_ptr,  # (rows, I)
     weight_ptr,  # (E, I, O), or (E, O, I) where O_CONTIGUOUS is false
-    experts_ptr,  # (R,) int64: the expert of each routed row
+    bias_ptr,  # (O,) or None; not with splits
+    experts_ptr,  # (R,) int64: the expert of each routed row; None where one matrix serves all
     row_weights_ptr,  # (R,) float32 or None: a factor of each row of out
     out_ptr,  # (SPLITS, R, O)
     R,
@@ -259,7 +272,7 @@ def small_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """out[split, r] = row_weight * gelu(rows[r // GATHER_DIVISOR] @ weight[expert of r]).
+    """out[split, r] = row_weight * gelu(rows[r // GATHER_DIVISOR] @ weight[expert of r] + bias).
 
     Rows stay in token order: each program searches the R choices for its expert. Grid (column tiles
     * SPLITS, E). The product is transposed, weights on the side of the tensor core that is 64 wide,
@@ -289,15 +302,18 @@ def small_kernel(
     # one turn, unless more than BLOCK_M rows chose this expert
     while first_slot < rows:
         # slot m takes the (first_slot + m)-th row that chose this expert
-        row_M = tl.zeros((BLOCK_M,), tl.int32)
-        rows = 0
-        for first in range(0, R, BLOCK_R):
-            r_R = first + chosen_R
-            hit_R = tl.load(experts_ptr + r_R, mask=r_R < R, other=-1) == expert
-            rank_R = rows + tl.cumsum(hit_R.to(tl.int32), axis=0) - 1
-            match_RM = hit_R[:, None] & (rank_R[:, None] == (first_slot + slots_M)[None, :])
-            row_M += tl.sum(tl.where(match_RM, r_R[:, None], 0), axis=0)
-            rows += tl.sum(hit_R.to(tl.int32), axis=0)
+        row_M = first_slot + slots_M
+        rows = R
+        if experts_ptr is not None:
+            row_M = tl.zeros((BLOCK_M,), tl.int32)
+            rows = 0
+            for first in range(0, R, BLOCK_R):
+                r_R = first + chosen_R
+                hit_R = tl.load(experts_ptr + r_R, mask=r_R < R, other=-1) == expert
+                rank_R = rows + tl.cumsum(hit_R.to(tl.int32), axis=0) - 1
+                match_RM = hit_R[:, None] & (rank_R[:, None] == (first_slot + slots_M)[None, :])
+                row_M += tl.sum(tl.where(match_RM, r_R[:, None], 0), axis=0)
+                rows += tl.sum(hit_R.to(tl.int32), axis=0)
         is_row_M = first_slot + slots_M < rows
         from_M = (row_M // GATHER_DIVISOR).to(tl.int64)
         row_ptrs_KM = rows_ptr + from_M[None, :] * I + inner_K[:, None]
@@ -315,6 +331,9 @@ def small_kernel(
                 )
                 acc_NM = tl.dot(w_NK, a_KM, acc_NM, input_precision=PRECISION)
         out_rows_M = split.to(tl.int64) * R + row_M
+        if bias_ptr is not None:
+            bias_N = tl.load(bias_ptr + columns_N, mask=in_row_N, other=0.0)
+            acc_NM += bias_N.to(tl.float32)[:, None]
         if GELU:
             acc_NM = gelu(acc_NM, EXACT_GELU)
         if row_weights_ptr is not None:

@@ -173,6 +173,7 @@ def tune(
 def entry(device: Device, shape: Shape, tiles: Plan, seconds: float) -> dict[str, Any]:
     """A record of tuned.json."""
     return {
+        "kind": "layer",
         "device": device.name,
         "shape": shape._asdict(),
         "up": tiles.up._asdict(),

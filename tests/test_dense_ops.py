@@ -1,0 +1,170 @@
+"""Products with one matrix in the project's own kernels, against float64."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from triton.runtime.interpreter import interpreter_builder
+
+from nomoe_kernels import configs, fused, launch, reference
+from nomoe_kernels.configs import Tile
+from tests.test_fused_ops import BOUNDS, CUDA, DEVICE, DTYPES, poisoned
+
+__all__ = ["poisoned"]
+pytestmark = [pytest.mark.gpu] if CUDA else []
+
+TILES = {
+    "pointer": Tile("pointer", 32, 32, 32, 4, 2),
+    "tma": Tile("tma", 64 if CUDA else 16, 64 if CUDA else 32, 32, 4, 2),
+    "small": Tile("small", 16, 32, 32, 4, 2),
+}
+if CUDA:
+    TILES["specialized"] = Tile("specialized", 128, 128, 32, 4, 3)
+
+
+def draw(
+    rows: int, inner: int, outer: int, dtype: torch.dtype, seed: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Products of unit variance, and a bias as large."""
+    generator = torch.Generator().manual_seed(seed)
+    x_TI, weight_OI, bias_O = (
+        torch.randn(*shape, generator=generator)
+        for shape in ((rows, inner), (outer, inner), (outer,))
+    )
+    weight_OI /= math.sqrt(inner)
+    return tuple(one.to(DEVICE, dtype) for one in (x_TI, weight_OI, bias_O))  # type: ignore[return-value]
+
+
+def exact_linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, gelu: bool) -> Tensor:
+    out_TO = x_TI.double() @ weight_OI.double().T
+    if bias_O is not None:
+        out_TO = out_TO + bias_O.double()
+    return 0.5 * out_TO * (1 + torch.erf(out_TO / math.sqrt(2))) if gelu else out_TO
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kernel", list(TILES))
+@pytest.mark.parametrize(
+    ("rows", "inner", "outer"),
+    # widths that no block divides among them
+    [(1, 96, 96), (16, 64, 192), (17, 96, 80), (37, 80, 48), (37, 768, 64), (0, 96, 96)],
+    ids=str,
+)
+def test_linear(rows: int, inner: int, outer: int, kernel: str, dtype: torch.dtype) -> None:
+    if kernel in ("tma", "specialized") and inner % 32:
+        pytest.skip("this kernel takes widths that its blocks divide")
+    x_TI, weight_OI, bias_O = draw(rows, inner, outer, dtype)
+    for bias, gelu in ((bias_O, True), (bias_O, False), (None, True)):
+        out_TO = fused.linear(x_TI, weight_OI, bias, gelu=gelu, tile=TILES[kernel])
+        assert out_TO.dtype == dtype
+        assert out_TO.shape == (rows, outer)
+        if rows:
+            exact_TO = exact_linear(x_TI, weight_OI, bias, gelu)
+            assert (out_TO - exact_TO).abs().max() / exact_TO.abs().max() < BOUNDS[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_error_is_that_of_plain_torch(dtype: torch.dtype) -> None:
+    x_TI, weight_OI, bias_O = draw(37, 768, 96, dtype)
+    exact_TO = exact_linear(x_TI, weight_OI, bias_O, True)
+    rms = {
+        name: (out_TO - exact_TO).square().mean().sqrt()
+        for name, out_TO in {
+            "torch": reference.linear(x_TI, weight_OI, bias_O, gelu=True),
+            **{
+                kernel: fused.linear(x_TI, weight_OI, bias_O, gelu=True, tile=tile)
+                for kernel, tile in TILES.items()
+            },
+        }.items()
+    }
+    # one rounding where torch has two
+    most = 1.5 if dtype == torch.float32 else 0.95
+    assert all(one <= most * rms["torch"] for name, one in rms.items() if name != "torch"), rms
+
+
+@pytest.mark.skipif(CUDA, reason="turns the interpreter's own grid around")
+@pytest.mark.parametrize("kernel", list(TILES))
+def test_programs_may_run_in_any_order(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = draw(37, 64, 96, torch.float32)
+    expected = fused.linear(*given, gelu=True, tile=TILES[kernel])
+    device = configs.device_of(DEVICE)
+    set_place = interpreter_builder.set_grid_idx
+
+    def set_place_from_the_end(*place: int) -> None:
+        last = (size - 1 for size in interpreter_builder.grid_dim)
+        set_place(*(end - at for end, at in zip(last, place, strict=True)))
+
+    monkeypatch.setattr(interpreter_builder, "set_grid_idx", set_place_from_the_end)
+    for multiprocessors in (1, 3, 1000):
+        many = device._replace(multiprocessors=multiprocessors)
+        monkeypatch.setattr(launch, "device", lambda _, many=many: many)
+        assert torch.equal(fused.linear(*given, gelu=True, tile=TILES[kernel]), expected)
+
+
+@pytest.mark.parametrize("kernel", list(TILES))
+def test_a_bad_row_stays_alone(kernel: str) -> None:
+    x_TI, *weights = draw(24, 96, 64, torch.float16)
+    clean = fused.linear(x_TI, *weights, gelu=True, tile=TILES[kernel])
+    x_TI[3], x_TI[23, 5] = math.nan, math.inf
+    out_TO = fused.linear(x_TI, *weights, gelu=True, tile=TILES[kernel])
+    good = [t for t in range(24) if t not in (3, 23)]
+    assert torch.equal(out_TO[good], clean[good])
+    assert out_TO[3].isnan().all()
+
+
+def test_the_library_computes_what_the_formula_leaves_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = draw(9, 96, 64, torch.float16)
+    plain, own = reference.linear(*given, gelu=True), fused.linear(*given, gelu=True)
+    assert torch.equal(fused.linear(*given, gelu=True, tile="library"), plain)
+    assert not torch.equal(own, plain), "rounded once and twice"
+    assert torch.equal(fused.linear(*given), reference.linear(*given)), "no GELU: the library's"
+    monkeypatch.setattr(fused, "dense", lambda device, shape: "library")
+    assert torch.equal(fused.linear(*given, gelu=True), plain)
+
+
+def test_no_gradient() -> None:
+    x_TI, weight_OI, bias_O = draw(3, 32, 32, torch.float32)
+    for one in (x_TI, weight_OI, bias_O):
+        out_TO = fused.linear(x_TI, weight_OI, bias_O.requires_grad_(), gelu=True)
+        with pytest.raises(RuntimeError, match="no backward pass"):
+            out_TO.sum().backward()
+        one.requires_grad_(False)
+
+
+@pytest.mark.parametrize(
+    ("message", "changed"),
+    [
+        (r"x_TI is \(96,\)", {"x_TI": lambda x: x[0]}),
+        ("x_TI has dtype torch.float64", {"x_TI": lambda x: x.double()}),
+        ("weight_OI has dtype torch.float32, expected torch.float16", {"x_TI": lambda x: x.half()}),
+        ("x_TI has strides", {"x_TI": lambda x: x.T.contiguous().T}),
+        ("x_TI is 90 wide", {"x_TI": lambda x: x[:, :90].contiguous()}),
+        (r"weight_OI is \(64, 96\)", {"x_TI": lambda x: x[:, :80].contiguous()}),
+        ("weight_OI has strides", {"weight_OI": lambda w: w.T.contiguous().T}),
+        ("weight_OI makes 50 columns", {"weight_OI": lambda w: w[:50]}),
+        (r"bias_O is \(63,\)", {"bias_O": lambda b: b[1:]}),
+        ("bias_O has dtype torch.float16", {"bias_O": lambda b: b.half()}),
+    ],
+)
+def test_bad_input_is_refused(
+    message: str, changed: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "linear", lambda *_, **__: pytest.fail("launched unchecked"))
+    given = dict(zip(("x_TI", "weight_OI", "bias_O"), draw(4, 96, 64, torch.float32), strict=True))
+    for name, make in changed.items():
+        given[name] = make(given[name])
+    with pytest.raises(ValueError, match=message):
+        fused.linear(**given, gelu=True, tile=TILES["pointer"])
+
+
+def test_tiles_that_do_not_fit_are_refused() -> None:
+    given = draw(4, 48, 64, torch.float32)
+    with pytest.raises(ValueError, match="cannot cut a product of 1 experts and inner width 48"):
+        fused.linear(*given, tile=TILES["tma"])
+    with pytest.raises(ValueError, match="splits a product whose parts nobody sums"):
+        fused.linear(*given, tile=TILES["small"]._replace(splits=2))
