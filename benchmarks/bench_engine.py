@@ -32,7 +32,6 @@ from nomoe import Encoder, data, synthetic
 from nomoe.batching import make_batches
 from nomoe.engine import Engine, Pooling, token_budget
 from nomoe.model import DTYPES, resolve_device, resolve_dtype
-from nomoe.moe import Layout
 
 SEED = 0
 # (texts, tokens of each)
@@ -98,7 +97,7 @@ class Forward:
 def replayed(runner: Engine, ids: list[int], lengths: list[int], pooling: Pooling) -> Any:
     """The forward of a batch as a graph, with room for nothing else and nothing copied."""
     model = runner.model
-    layout = Layout.of(lengths, model.dtype)
+    layout = runner.layout_of(lengths)
     numbers = torch.zeros(layout.size, dtype=torch.int32)
     layout.fill(numbers, ids, lengths)
     ops = model.backend.table_ops(layout, numbers.to(model.device), padded=False)

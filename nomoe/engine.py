@@ -8,8 +8,8 @@ A recording has a fixed number of tokens and texts, its bucket. A batch takes th
 fits; what is left over is padding, which is in no expert's group and no text's attention. Its
 vectors may differ in their last bits from those of a batch run as it is, and only because torch's
 matrix products choose an algorithm by the number of rows, and attention the size of its blocks.
-The products of the experts are cut alike: configurations are chosen by power of two, and the
-buckets lie so that the batch and its bucket have the same.
+The kernels' own products are cut alike: configurations are chosen by power of two, and the
+buckets lie so that the batch and its bucket have the same. With batch_invariant no bit differs.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from torch import Tensor
 
 from .config import NomicMoEConfig
 from .model import NomicMoEModel, NomicMoEOutput
-from .moe import Layout, Ops
+from .moe import AttentionTile, Layout, Ops
 from .moe import Pooling as Pooling
 
 logger = logging.getLogger(__name__)
@@ -301,7 +301,7 @@ class Engine:
             ids_T = ids_T.to(model.device, non_blocking=True)
             output = model.forward_packed(ids_T, lengths, output_routing=routing)
             return output, backend.ops
-        layout = Layout.of(lengths, model.dtype)
+        layout = self.layout_of(lengths)
         numbers = self._tables(layout, ids, lengths).to(model.device, non_blocking=True)
         ops = backend.table_ops(layout, numbers, padded=False)
         return model.forward_tables(ops, output_routing=routing), ops
@@ -406,7 +406,7 @@ class Engine:
                 return None
             if key in self._refused:
                 return None
-            layout = Layout.room(*key.bucket, model.dtype)
+            layout = self._room_of(key.bucket)
             try:
                 with self._recorder.turn():
                     buffers = self._room()
@@ -455,11 +455,26 @@ class Engine:
 
         return step
 
+    def layout_of(self, lengths: Sequence[int]) -> Layout:
+        """Room for a batch of texts of these lengths and nothing else."""
+        return Layout.of(lengths, self._tile(sum(lengths), max(lengths, default=1)))
+
+    def _room_of(self, bucket: Bucket) -> Layout:
+        # texts of a batch are alike, so the mean says how long the longest is
+        tile = self._tile(bucket.tokens, -(-bucket.tokens // bucket.texts))
+        return Layout.room(*bucket, tile)
+
+    def _tile(self, tokens: int, longest: int) -> AttentionTile:
+        model = self.model
+        return model.backend.attention_tile(
+            tokens, longest, model.config.head_width, model.dtype, model.device
+        )
+
     def _room(self) -> _Buffers:
         if self._buffers is None:
             model = self.model
             largest = max(
-                Layout.room(tokens, texts, model.dtype).size
+                self._room_of(Bucket(tokens, texts)).size
                 for tokens in BUCKET_TOKENS
                 for texts in BUCKET_TEXTS
             )

@@ -153,7 +153,7 @@ class NomicMoEModel(nn.Module):
     Args:
         config: Sizes and settings.
         backend: "auto", "torch" or "triton".
-        batch_invariant: Ask for results whose bits do not depend on the batch.
+        batch_invariant: Ask for results whose bits do not depend on the batch (triton only).
         device: Where the model will run; chooses the backend.
 
     Raises:
@@ -171,6 +171,7 @@ class NomicMoEModel(nn.Module):
         super().__init__()
         self.config = config
         self._backend_asked = backend
+        self._batch_invariant = batch_invariant
         self.backend = select_backend(
             backend,
             torch.device(device or "cpu"),
@@ -214,7 +215,7 @@ class NomicMoEModel(nn.Module):
             dtype: "float32", "float16", "bfloat16" or the torch dtype; None means float32 on a CPU
                 and float16 on CUDA.
             backend: "auto", "torch" or "triton".
-            batch_invariant: Ask for results whose bits do not depend on the batch.
+            batch_invariant: Ask for results whose bits do not depend on the batch (triton only).
             local_files_only: Never reach for the network.
             token: Hub token, or True for the stored one.
             cache_dir: Hub cache folder.
@@ -269,7 +270,11 @@ class NomicMoEModel(nn.Module):
         backend = self.backend
         if probe.device.type != "meta":
             backend = select_backend(
-                self._backend_asked, probe.device, dtype=probe.dtype, config=self.config
+                self._backend_asked,
+                probe.device,
+                dtype=probe.dtype,
+                config=self.config,
+                batch_invariant=self._batch_invariant,
             )
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.backend = backend

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from nomoe_kernels import cpu, reference
+from nomoe_kernels.configs import AttentionTile as AttentionTile
 from nomoe_kernels.layout import Layout as Layout
 from nomoe_kernels.layout import Tables
 from nomoe_kernels.reference import MoEWeights, Norm
@@ -66,14 +67,16 @@ class Backend(NamedTuple):
 
     name: Literal["torch", "triton"]
     reason: str
+    # a text's bits do not depend on its batch
+    batch_invariant: bool = False
 
     @property
     def ops(self) -> Ops:
         """The kernel module; looked up by name, so that a model stays picklable."""
         if self.name == "triton":
-            from nomoe_kernels import fused
+            from nomoe_kernels import fused, invariant
 
-            return fused
+            return invariant if self.batch_invariant else fused
         return reference
 
     @property
@@ -81,11 +84,23 @@ class Backend(NamedTuple):
         """Whether the kernels can read a batch's tables from the device; see `table_ops`."""
         return self.name == "triton"
 
+    def attention_tile(
+        self, tokens: int, longest: int, head_width: int, dtype: torch.dtype, device: torch.device
+    ) -> AttentionTile:
+        """How attention cuts a batch of so many tokens, in texts of about that length at most."""
+        from nomoe_kernels import fused, invariant
+
+        kernels = invariant if self.batch_invariant else fused
+        tile: AttentionTile = kernels.attention_tile(tokens, longest, head_width, dtype, device)
+        return tile
+
     def table_ops(self, layout: Layout, numbers: Tensor, *, padded: bool) -> TableOps:
         """The kernels bound to a batch's tables; see `nomoe_kernels.tables`."""
         from nomoe_kernels import tables
 
-        return tables.TableOps(layout, numbers, padded=padded)
+        # where bits may not depend on the batch, no kernel comes in two forms either
+        padded = padded or self.batch_invariant
+        return tables.TableOps(self.ops, layout, numbers, padded=padded)
 
 
 def cpu_ops(dtype: torch.dtype) -> Ops | None:
@@ -116,22 +131,25 @@ def select_backend(
     """
     if name not in ("auto", "torch", "triton"):
         raise ValueError(f"backend is {name!r}, expected 'auto', 'torch' or 'triton'")
-    if batch_invariant:
-        raise RuntimeError(
-            "batch_invariant=True cannot run: this version of nomoe computes the dense products "
-            "with torch's kernels, which round differently by batch; a text's vector stays within "
-            "its dtype's bounds whatever the batch"
-        )
+    obstacle: str | None
     if name == "torch":
-        return Backend("torch", "asked for")
-    if name == "auto" and device.type != "cuda":
-        return Backend("torch", f"Triton's kernels need CUDA, and this is {device.type}")
-    obstacle = _triton_obstacle(device, dtype, config)
+        obstacle = "asked for"
+    elif name == "auto" and device.type != "cuda":
+        obstacle = f"Triton's kernels need CUDA, and this is {device.type}"
+    else:
+        obstacle = _triton_obstacle(device, dtype, config)
     if name == "triton" and obstacle:
         raise RuntimeError(f"backend='triton' cannot run: {obstacle}; use 'auto' or 'torch'")
+    if obstacle and batch_invariant:
+        raise RuntimeError(
+            "batch_invariant=True cannot run on backend 'torch', whose products round differently "
+            f"by the number of rows; it needs 'triton' (torch: {obstacle}). Without it a text's "
+            "vector stays within its dtype's bounds whatever the batch"
+        )
     if obstacle:
         return Backend("torch", obstacle)
-    return Backend("triton", "asked for" if name == "triton" else f"{device} runs Triton kernels")
+    reason = "asked for" if name == "triton" else f"{device} runs Triton kernels"
+    return Backend("triton", reason, batch_invariant)
 
 
 def _triton_obstacle(

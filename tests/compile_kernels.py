@@ -27,9 +27,9 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from nomoe_kernels import checks, configs, fused, launch
+from nomoe_kernels import checks, configs, fused, invariant, launch
 from nomoe_kernels.configs import DenseShape, Device, Plan, Shape, Tile
-from nomoe_kernels.reference import Norm, Pooling
+from nomoe_kernels.reference import MoEWeights, Norm, Pooling
 
 DEVICES = {
     "cuda:80": Device("A100", (8, 0), 108, 166_912),
@@ -202,12 +202,17 @@ def launch_layers(device: Device, dtype: torch.dtype) -> None:
     for parts in (1, 4):
         rows = torch.empty(parts, 64 * K, D, dtype=torch.float32 if parts > 1 else dtype)
         launch.unpermute(rows, bias, x, K, added=(x, norm))
-    positions = torch.zeros(256, dtype=torch.int64)
-    for lengths in ([256], [60] * 4, [16] * 16):
+    positions = torch.zeros(512, dtype=torch.int64)
+    for module, lengths in (
+        *((fused, lengths) for lengths in ([512], [256], [60] * 4, [32] * 2, [16] * 16)),
+        (invariant, [256]),
+    ):
         T = sum(lengths)
-        packing = fused.pack(lengths, positions[:T], 256, H, 10000.0, dtype)
+        packing = module.pack(lengths, positions[:T], 512, H, 10000.0, dtype)
         qkv = torch.empty(T, 3, D // H, H, dtype=dtype)
-        fused.attention(qkv, packing)
+        module.attention(qkv, packing)
+    moe = MoEWeights(router, w1, w2, bias, K)
+    invariant.moe_block(x, x, norm, moe, norm, live=torch.zeros(1, dtype=torch.int32))
     fused.add_layer_norm(x, x, norm)
     fused.permute(torch.zeros(64, K, dtype=torch.int64), E)
     fused.embed(torch.zeros(64, dtype=torch.int64), w2[0], vector, norm)
@@ -226,6 +231,7 @@ def launch_dense(device: Device, dtype: torch.dtype) -> None:
                 seen.add((tile, inner, outer))
                 x = torch.empty(1 << power, inner, dtype=dtype)
                 fused.linear(x, weight, bias, gelu=gelu)
+        invariant.linear(torch.empty(64, inner, dtype=dtype), weight, bias, gelu=gelu)
 
 
 def launch_products(tile: Tile, dtype: torch.dtype) -> None:

@@ -97,7 +97,7 @@ def test_kernels_compile_well(
     kernels = {report["kernel"] for report in reports[compiled]}
     every = {
         *("route", "count", "permute", "unpermute", "add_layer_norm", "embed", "pool"),
-        *("pointer", "small", "attention"),
+        *("pointer", "small", "attention", "rotate"),
         *(["tma"] if compiled[0] == "cuda:90" and compiled[1] != "float32" else []),
     }
     assert kernels == {f"{name}_kernel" for name in every}

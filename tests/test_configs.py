@@ -10,7 +10,15 @@ import pytest
 import torch
 
 from nomoe_kernels import configs, tune
-from nomoe_kernels.configs import DenseShape, Device, Plan, Shape, Tile
+from nomoe_kernels.configs import (
+    AttentionShape,
+    AttentionTile,
+    DenseShape,
+    Device,
+    Plan,
+    Shape,
+    Tile,
+)
 from tests.compile_kernels import DEVICES
 
 LAYER = Shape(experts=8, width=768, ffn_width=3072, itemsize=2, rows=0)
@@ -31,6 +39,7 @@ def forget() -> None:
     configs.tuned_entries.cache_clear()
     configs._plan.cache_clear()
     configs._dense.cache_clear()
+    configs._attention.cache_clear()
 
 
 def test_size_classes() -> None:
@@ -126,6 +135,42 @@ def test_the_table_overrides_the_formula_of_dense_products(table: Path) -> None:
     assert configs.dense(H200, FC1._replace(rows=257)) == "library"
     for other in (FC1._replace(rows=128), FC1._replace(rows=200, gelu=False)):
         assert configs.dense(H200, other) == configs.dense_formula(H200, other)
+
+
+def test_blocks_of_attention_follow_the_longest_text() -> None:
+    def tile(longest: int, itemsize: int = 2, tokens: int = 4096) -> AttentionTile:
+        return configs.attention(H200, AttentionShape(64, itemsize, longest, tokens))
+
+    sizes = [tile(length).block_m for length in (1, 16, 17, 64, 65, 128, 512, 2048)]
+    assert sizes == [16, 16, 32, 64, 128, 128, 128, 128]
+    assert tile(512, itemsize=4).block_m == 64
+    # rotated once where more than two blocks of queries would each rotate all keys
+    kernels = [tile(length).kernel for length in (1, 128, 256, 257, 2048)]
+    assert kernels == ["rotating", "rotating", "rotating", "rotated", "rotated"]
+
+
+def test_the_table_overrides_the_formula_of_attention(table: Path) -> None:
+    measured = AttentionTile("varlen", 128, 64, 4, 2)
+    shape = AttentionShape(head_width=64, itemsize=2, longest=512, tokens=65_536)
+    entry = {"kind": "attention", "device": "H200", "shape": shape._asdict()}
+    table.write_text(json.dumps([entry | {"tile": measured._asdict()}]))
+    assert configs.attention(H200, shape._replace(longest=400, tokens=40_000)) == measured
+    for other in (
+        shape._replace(longest=513),
+        shape._replace(tokens=16),
+        shape._replace(itemsize=4),
+    ):
+        assert configs.attention(H200, other) == configs.attention_formula(other)
+
+
+@pytest.mark.parametrize("device", DEVICES.values(), ids=DEVICES)
+@pytest.mark.parametrize("itemsize", [2, 4])
+def test_the_invariant_tile_fits(device: Device, itemsize: int) -> None:
+    tile = configs.invariant_tile(device, itemsize)
+    assert tile.kernel == "pointer"
+    assert tile.shared_memory(itemsize) <= device.shared_memory
+    # no sum is split
+    assert tile.splits == 1
 
 
 def test_candidates_fit() -> None:

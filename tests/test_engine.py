@@ -25,6 +25,7 @@ from nomoe import NomicMoEModel, engine
 from nomoe.engine import BUCKET_TEXTS, BUCKET_TOKENS, Bucket, Engine, Pooling, bucket_of
 from nomoe.model import NomicMoEOutput
 from nomoe_kernels import configs, reference
+from nomoe_kernels.configs import AttentionTile
 from nomoe_kernels.layout import Layout
 from tests.test_model import batch_of, config_of
 
@@ -87,6 +88,9 @@ class StandInOps:
 
 class StandInBackend(NamedTuple):
     takes_tables: bool = True
+
+    def attention_tile(self, *sizes: Any) -> AttentionTile:
+        return AttentionTile("rotating", 16, 16, 4, 2)
 
     def table_ops(self, layout: Layout, numbers: Tensor, *, padded: bool) -> StandInOps:
         return StandInOps(layout, numbers, padded=padded)

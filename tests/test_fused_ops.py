@@ -418,56 +418,6 @@ def test_the_sum_meets_the_residual_unrounded() -> None:
 
 
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize("heads", [(1, 64), (3, 16), (2, 48)], ids=str)
-@pytest.mark.parametrize("lengths", [[1], [3, 40, 1, 17], [150]], ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_attention(heads: tuple[int, int], lengths: list[int], dtype: torch.dtype) -> None:
-    generator = torch.Generator().manual_seed(6)
-    N, H = heads
-    qkv_T3NH = torch.randn(sum(lengths), 3, N, H, generator=generator).to(DEVICE, dtype)
-    # gaps, and a start far into the text
-    positions_T = torch.cat([torch.arange(length) * 3 + 700 for length in lengths]).to(DEVICE)
-    packing = fused.pack(lengths, positions_T, 4000, H, 10000.0, dtype)
-    out_TD = fused.attention(qkv_T3NH, packing)
-
-    exponents = torch.arange(0, H, 2, device=DEVICE).double() / H
-    angles = positions_T.double()[:, None] / 10000**exponents
-    cos, sin = angles.cos()[:, None, None], angles.sin()[:, None, None]
-    q_TNH, k_TNH = reference.rotate(qkv_T3NH[:, :2].double(), cos, sin).unbind(1)
-    expected = []
-    for mine in torch.arange(sum(lengths), device=DEVICE).split(lengths):
-        scores = torch.einsum("qnh,knh->nqk", q_TNH[mine], k_TNH[mine]) / math.sqrt(H)
-        values = qkv_T3NH[mine, 2].double()
-        expected.append(torch.einsum("nqk,knh->qnh", scores.softmax(-1), values).flatten(1))
-    assert out_TD.dtype == dtype
-    assert out_TD.shape == (sum(lengths), N * H)
-    expected_TD = torch.cat(expected)
-    assert (out_TD - expected_TD).abs().max() / expected_TD.abs().max() < BOUNDS[dtype]
-
-
-def test_attention_keeps_texts_apart() -> None:
-    lengths = [20, 5, 33]
-    qkv_T3NH = torch.randn(58, 3, 2, 16, generator=torch.Generator().manual_seed(7)).to(DEVICE)
-    positions_T = torch.cat([torch.arange(length) for length in lengths]).to(DEVICE)
-    packing = fused.pack(lengths, positions_T, 33, 16, 10000.0, torch.float32)
-    clean = fused.attention(qkv_T3NH, packing)
-    qkv_T3NH[22] = math.nan
-    out_TD = fused.attention(qkv_T3NH, packing)
-    assert out_TD[20:25].isnan().all()
-    others = [*range(20), *range(25, 58)]
-    assert torch.equal(out_TD[others], clean[others])
-
-
-def test_blocks_of_queries() -> None:
-    positions_T = torch.zeros(300, dtype=torch.int64, device=DEVICE)
-    packing = fused.pack([250, 1, 49], positions_T, 250, 64, 10000.0, torch.float16)
-    assert packing.block_m == 128
-    assert packing.blocks.tolist() == [[0, 250, 0], [0, 250, 128], [250, 1, 0], [251, 49, 0]]
-    assert fused.pack([9, 17], positions_T[:26], 17, 64, 1e4, torch.float16).block_m == 32
-    assert fused.pack([250], positions_T[:250], 250, 64, 1e4, torch.float32).block_m == 64
-
-
-@pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_embed(dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(8)

@@ -238,6 +238,44 @@ def test_forward_packed_compiled_by_inductor(model: NomicMoEModel) -> None:
         torch.testing.assert_close(whole(ids_T), expected_TD, atol=0, rtol=0)
 
 
+# --- batch_invariant ---
+
+
+@pytest.fixture(scope="module", params=[torch.float16, torch.bfloat16, torch.float32], ids=str)
+def invariant_model(
+    request: pytest.FixtureRequest, full_width: NomicMoEModel
+) -> Iterator[NomicMoEModel]:
+    model = NomicMoEModel(full_width.config, backend="triton", batch_invariant=True, device="cuda")
+    model.load_state_dict(full_width.state_dict())
+    yield model.eval().to("cuda", request.param)
+
+
+@torch.no_grad()
+def test_a_thousand_compositions_change_no_bit(invariant_model: NomicMoEModel) -> None:
+    """Random batch-mates, orders and sizes, replayed and as they are, against each text alone."""
+    model, runner = invariant_model, Engine(invariant_model)
+    assert model.backend.batch_invariant
+    generator = random.Random(0)
+    lengths = [1, 2, 512, *(generator.randint(1, 300) for _ in range(61))]
+    texts = [ids_of(model, length, seed) for seed, length in enumerate(lengths)]
+    alone = torch.stack(
+        [runner.embed(ids, [len(ids)], POOLING, to_host=True)()[0] for ids in texts]
+    )
+    replayed = 0
+    for turn in range(1000):
+        # now and then more than any bucket holds
+        size = generator.choice([1, 2, 3, 5, 8, 16, 64])
+        chosen = generator.sample(range(len(texts)), size)
+        ids = [one for place in chosen for one in texts[place]]
+        sizes = [lengths[place] for place in chosen]
+        replayed += engine.bucket_of(len(ids), size) in runner.recordings
+        vectors = runner.embed(ids, sizes, POOLING, to_host=True)()
+        assert torch.equal(vectors, alone[chosen]), (turn, sizes)
+        if turn % 10 == 0:
+            assert torch.equal(eager(model, ids, sizes), alone[chosen]), (turn, sizes)
+    assert 500 < replayed < 1000
+
+
 # --- the encoder ---
 
 

@@ -306,7 +306,9 @@ def test_autocast_leaves_the_router_in_float32() -> None:
 def test_backends(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     monkeypatch.setattr(checks, "INTERPRETED", False)
-    assert select_backend("auto", cpu) == ("torch", "Triton's kernels need CUDA, and this is cpu")
+    assert select_backend("auto", cpu) == Backend(
+        "torch", "Triton's kernels need CUDA, and this is cpu"
+    )
     assert select_backend("torch", cpu).reason == "asked for"
     with pytest.raises(RuntimeError, match=r"backend='triton' cannot run: Triton's kernels need"):
         select_backend("triton", cpu)
@@ -325,7 +327,7 @@ def test_backends(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     assert select_backend("auto", cuda).name == "triton"
     monkeypatch.setattr("nomoe.moe.find_spec", lambda name: None)
-    assert select_backend("auto", cuda) == ("torch", "triton is not installed")
+    assert select_backend("auto", cuda) == Backend("torch", "triton is not installed")
     with pytest.raises(RuntimeError, match="triton is not installed; use 'auto' or 'torch'"):
         select_backend("triton", cuda)
 

@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import math
 import random
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from nomoe_kernels import fused, launch, reference
-from nomoe_kernels.layout import Layout, query_block
+from nomoe_kernels.configs import AttentionTile
+from nomoe_kernels.layout import Layout
 from nomoe_kernels.reference import MoEWeights, Norm, Pooling
 from nomoe_kernels.tables import TableOps
+from tests.test_attention_ops import stand_in
 from tests.test_fused_ops import DEVICE, DTYPES, PLANS, Case, make_layer, poisoned
 
 __all__ = ["poisoned"]
 CUDA = torch.cuda.is_available()
 pytestmark = [pytest.mark.gpu] if CUDA else []
+
+
+def tile_of(block_m: int) -> AttentionTile:
+    return AttentionTile("rotating", block_m, 32, 4, 2)
 
 
 def filled(layout: Layout, ids: list[int], lengths: list[int]) -> Tensor:
@@ -35,7 +42,7 @@ def test_tables_say_what_a_loop_would(seed: int, block_m: int) -> None:
     ids = [generator.randint(0, 99) for _ in range(sum(lengths))]
     blocks_of_texts = sum(-(-length // block_m) for length in lengths)
     room = (len(ids) + 40 * seed, len(lengths) + seed, blocks_of_texts + 2 * seed)
-    layout = Layout(*room, block_m)
+    layout = Layout(*room, max(lengths), tile_of(block_m))
     tables = layout.split(filled(layout, ids, lengths))
     bounds, blocks, positions = [0], [], []
     for length in lengths:
@@ -53,15 +60,17 @@ def test_tables_say_what_a_loop_would(seed: int, block_m: int) -> None:
 
 def test_there_is_room_for_any_division_of_the_tokens() -> None:
     for tokens, texts in [(16, 1), (64, 64), (1000, 7), (7, 20), (4096, 4), (4096, 256)]:
-        layout = Layout.room(tokens, texts, torch.float16)
+        layout = Layout.room(tokens, texts, tile_of(32))
+        assert layout.longest == tokens
         present = min(texts, tokens)
         for lengths in (
             [1] * (present - 1) + [tokens - present + 1],
             [tokens // present + (text < tokens % present) for text in range(present)],
         ):
             filled(layout, [1] * tokens, lengths)
-            exact = Layout.of(lengths, torch.float16)
-            assert (exact.tokens, exact.texts) == (tokens, present)
+            exact = Layout.of(lengths, tile_of(32))
+            assert exact[:2] == (tokens, present)
+            assert exact.longest == max(lengths)
             assert exact.split(filled(exact, [1] * tokens, lengths)).blocks[:, 1].all(), (
                 "none spare"
             )
@@ -73,13 +82,7 @@ def test_there_is_room_for_any_division_of_the_tokens() -> None:
 )
 def test_batches_that_do_not_fit_are_refused(ids: int, lengths: list[int]) -> None:
     with pytest.raises(ValueError, match="tokens"):
-        filled(Layout(16, 3, 4, 16), [1] * ids, lengths)
-
-
-def test_blocks_follow_the_longest_text() -> None:
-    sizes = [query_block(length, torch.float16) for length in (1, 16, 17, 64, 65, 128, 512)]
-    assert sizes == [16, 16, 32, 64, 128, 128, 128]
-    assert query_block(512, torch.float32) == 64
+        filled(Layout(16, 3, 4, 16, tile_of(16)), [1] * ids, lengths)
 
 
 def weights_of(layer_case: Case, dtype: torch.dtype) -> tuple[Tensor, Tensor, MoEWeights, Norm]:
@@ -125,21 +128,30 @@ def test_ends_count_real_rows_only() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # the mean of no tokens
+@pytest.mark.parametrize("kernel", ["rotating", "rotated", "varlen"])
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
-def test_table_ops_are_those_of_fused(dtype: torch.dtype) -> None:
+def test_table_ops_are_those_of_fused(
+    dtype: torch.dtype, kernel: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if kernel == "varlen" and dtype == torch.float32:
+        pytest.skip("it takes 16 bits alone")
+    if not CUDA:
+        monkeypatch.setattr(fused.varlen, "varlen_attn", stand_in)
     lengths, heads, width = [5, 1, 30], 3, 32
     generator = torch.Generator().manual_seed(0)
     qkv = torch.randn(50, 3, heads, width, generator=generator).to(DEVICE, dtype)
     hidden_TD = qkv.flatten(1)[:, :96].contiguous()
     positions_T = torch.cat([torch.arange(length) for length in lengths]).to(DEVICE)
-    packing = fused.pack(lengths, positions_T, 64, width, 10000.0, dtype)
-    expected = fused.attention(qkv[:36], packing)
+    tile = AttentionTile(kernel, 16, 32, 4, 2)
+    packing = fused.pack(lengths, positions_T, 64, width, 10000.0, dtype, tile=tile)
+    expected = fused.attention(qkv[:36].clone(), packing)
 
-    layout = Layout(50, 6, 12, packing.block_m)
+    layout = Layout(50, 6, 12, 50, tile)
     numbers = filled(layout, [1] * 36, lengths).to(DEVICE)
-    ops = TableOps(layout, numbers, padded=True)
+    ops = TableOps(fused, layout, numbers, padded=True)
     qkv[36:], hidden_TD[36:] = math.nan, math.nan
-    static = ops.pack([], positions_T, 64, width, 10000.0, dtype)
+    static = ops.pack([], positions_T, 40, width, 10000.0, dtype)
+    assert static.longest == 40, "no text is longer than the span"
     assert torch.equal(ops.attention(qkv, static)[:36], expected)
     pooling = Pooling(64, False, True)
     pooled_BD = ops.pool(hidden_TD, [], pooling)

@@ -9,6 +9,7 @@ Tensor locals and arguments carry their shape as a suffix, in these letters thro
                                                                O  output width of a product
 
 `nomoe_kernels.reference` is the definition of correct, in plain PyTorch, on any device;
-`nomoe_kernels.fused` has the same operations as Triton kernels. In kernels M, N and K are also the
+`nomoe_kernels.fused` has the same operations as Triton kernels, `nomoe_kernels.invariant` so that a
+token's bits do not depend on its batch. In kernels M, N and K are also the
 sides of a tile, as BLOCK_M, BLOCK_N and BLOCK_K: rows, columns, and the width summed over.
 """

@@ -87,6 +87,32 @@ class DenseShape(NamedTuple):
     gelu: bool
 
 
+class AttentionTile(NamedTuple):
+    """How attention runs.
+
+    "rotating": one kernel that rotates q and k as it loads them. "rotated": a kernel that rotates
+    them once, in place, before one that attends. "varlen": torch's `varlen_attn` instead of the
+    latter, 16 bits alone.
+    """
+
+    kernel: Literal["rotating", "rotated", "varlen"]
+    # queries and keys of a block; varlen has its own
+    block_m: int
+    block_n: int
+    warps: int
+    stages: int
+
+
+class AttentionShape(NamedTuple):
+    """The sizes of a batch's attention."""
+
+    head_width: int
+    itemsize: int
+    # tokens of the longest text, and of all
+    longest: int
+    tokens: int
+
+
 # Tiles by falling efficiency: what a multiprocessor does per second on each, next to the first.
 # Estimates; an entry of tuned.json overrides them.
 WGMMA_16 = {
@@ -159,17 +185,48 @@ def _dense(device: Device, shape: DenseShape) -> Tile | Literal["library"]:
     return tuned_entries().dense.get((device.name, shape)) or dense_formula(device, shape)
 
 
+def attention(device: Device, shape: AttentionShape) -> AttentionTile:
+    """How attention over such a batch runs."""
+    longest, tokens = size_class(shape.longest), size_class(shape.tokens)
+    return _attention(device, shape._replace(longest=longest, tokens=tokens))
+
+
+@lru_cache(maxsize=1024)
+def _attention(device: Device, shape: AttentionShape) -> AttentionTile:
+    return tuned_entries().attention.get((device.name, shape)) or attention_formula(shape)
+
+
+def attention_formula(shape: AttentionShape) -> AttentionTile:
+    """Blocks by the longest text; estimates.
+
+    Short texts take small blocks of queries; three passes of tf32 leave registers for 64. Every
+    block of queries rotates all keys again: with more than two to a text, rotating them once, at
+    the cost of a launch and of reading and writing q and k, should gain. Whether torch's attention
+    is faster is for the table to say.
+    """
+    most = 64 if shape.itemsize == 4 else 128
+    block_m = min(max(16, 1 << max(shape.longest - 1, 0).bit_length()), most)
+    return AttentionTile(
+        "rotating" if shape.longest <= 2 * block_m else "rotated",
+        block_m,
+        16 if shape.itemsize == 4 else 64,
+        8 if block_m == 128 else 4,
+        2,
+    )
+
+
 class Tuned(NamedTuple):
     """What tuned.json holds, by device and shape."""
 
     plans: dict[tuple[str, Shape], Plan]
     dense: dict[tuple[str, DenseShape], Tile | Literal["library"]]
+    attention: dict[tuple[str, AttentionShape], AttentionTile]
 
 
 @lru_cache(maxsize=1)
 def tuned_entries() -> Tuned:
     """Read tuned.json, which need not be there."""
-    tuned = Tuned({}, {})
+    tuned = Tuned({}, {}, {})
     entries = json.loads(TUNED.read_text(encoding="utf-8")) if TUNED.exists() else []
     for entry in entries:
         name = entry["device"]
@@ -181,6 +238,9 @@ def tuned_entries() -> Tuned:
             tuned.dense[name, DenseShape(**entry["shape"])] = (
                 "library" if tile == "library" else Tile(**tile)
             )
+        elif entry["kind"] == "attention":
+            shape = AttentionShape(**entry["shape"])
+            tuned.attention[name, shape] = AttentionTile(**entry["tile"])
     return tuned
 
 
@@ -226,6 +286,22 @@ def _dense_small(device: Device, shape: DenseShape) -> Tile:
     if tile.shared_memory(shape.itemsize) > device.shared_memory:
         return Tile("small", block_m, 32, 64, 4, 3)
     return tile
+
+
+def invariant_tile(device: Device, itemsize: int) -> Tile:
+    """The tile of every product where a row's bits may not depend on how many rows there are.
+
+    A compromise: larger ones are faster on many rows, smaller ones on few.
+    """
+    wide = Tile("pointer", 64, 64 if itemsize == 4 else 128, 32, 4, 3)
+    if device.capability == (9, 0) and itemsize == 2:
+        wide = wide._replace(block_k=64, stages=4)
+    return wide if wide.shared_memory(itemsize) <= device.shared_memory else MINIMAL
+
+
+def invariant_attention(itemsize: int) -> AttentionTile:
+    """The same for attention."""
+    return AttentionTile("rotating", 64, 16 if itemsize == 4 else 64, 4, 2)
 
 
 def menu(device: Device, itemsize: int) -> dict[Tile, float]:

@@ -16,16 +16,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import Any, Literal, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
+from torch.nn.attention import varlen
 
-from . import checks, launch, packed, reference, routing
-from .configs import DenseShape, Plan, Shape, Tile, dense, largest, plan
-from .layout import query_block
+from . import checks, configs, launch, packed, reference, routing
+from .configs import AttentionShape, AttentionTile, DenseShape, Plan, Shape, Tile
 from .reference import MoEWeights, Norm, Pooling, rotary_angles
 
 
@@ -146,7 +146,7 @@ def grouped_gemm(
         raise ValueError(f"rows_RI is {rows_RI.dtype}, weight_EIO {weight_EIO.dtype}")
     if tile is None:
         shape = Shape(E, inner, outer, rows_RI.itemsize, R)
-        tile = largest(launch.device(rows_RI.device), shape, inner, outer)
+        tile = configs.largest(launch.device(rows_RI.device), shape, inner, outer)
     if tile.kernel in ("tma", "specialized") and gather_R is not None:
         rows_RI, gather_R = rows_RI[gather_R], None
     out_RO = rows_RI.new_empty(R, outer)
@@ -239,7 +239,7 @@ def linear(
     if tile is None:
         outer, inner = weight_OI.shape
         shape = DenseShape(inner, outer, x_TI.itemsize, len(x_TI), gelu)
-        tile = dense(launch.device(x_TI.device), shape)
+        tile = configs.dense(launch.device(x_TI.device), shape)
     if tile == "library":
         return reference.linear(x_TI, weight_OI, bias_O, gelu=gelu)
     checks.tensor("x_TI", x_TI, (None, None))
@@ -257,7 +257,7 @@ def linear(
 
 
 class Packing(NamedTuple):
-    """What the attention kernel asks of a batch; made by `pack`."""
+    """What attention asks of a batch; made by `pack`."""
 
     # place of each token in its text, (T,) int32
     positions_T: Tensor
@@ -266,8 +266,19 @@ class Packing(NamedTuple):
     sin: Tensor
     # one row for each block of queries: the text's first token, its tokens, the first query; int32
     blocks: Tensor
-    # queries in a block
-    block_m: int
+    # where each text starts, and the last one ends, (texts + 1,) int32
+    bounds: Tensor
+    # tokens of a text at most
+    longest: int
+    tile: AttentionTile
+
+
+def attention_tile(
+    tokens: int, longest: int, head_width: int, dtype: torch.dtype, device: torch.device
+) -> AttentionTile:
+    """How attention runs over so many tokens in texts of at most `longest`."""
+    shape = AttentionShape(head_width, dtype.itemsize, longest, tokens)
+    return configs.attention(launch.device(device), shape)
 
 
 def pack(
@@ -277,39 +288,60 @@ def pack(
     head_width: int,
     rotary_base: float,
     dtype: torch.dtype,
+    *,
+    tile: AttentionTile | None = None,
 ) -> Packing:
-    """As `reference.pack`."""
-    block_m = query_block(max(lengths, default=1), dtype)
-    blocks = []
-    start = 0
-    for length in lengths:
-        blocks += [(start, length, query) for query in range(0, length, block_m)]
-        start += length
-    cos, sin = rotary_table(span, head_width, rotary_base, positions_T.device)
-    blocks_on_device = _copy(blocks, (len(blocks), 3), positions_T.device)
-    return Packing(positions_T.to(torch.int32), cos, sin, blocks_on_device, block_m)
+    """As `reference.pack`; `tile` is how attention runs, instead of what `configs` picks."""
+    device, longest = positions_T.device, max(lengths, default=1)
+    if tile is None:
+        tile = attention_tile(sum(lengths), longest, head_width, dtype, device)
+    bounds = [0, *accumulate(lengths)]
+    blocks = [
+        (start, length, query)
+        for start, length in zip(bounds, lengths, strict=False)
+        for query in range(0, length, tile.block_m)
+    ]
+    # one copy for both; the blocks start at a multiple of 16 bytes, for which kernels are compiled
+    gap = [0] * (-len(bounds) % 4)
+    numbers = _copy([*bounds, *gap, *chain.from_iterable(blocks)], (-1,), device)
+    cos, sin = rotary_table(span, head_width, rotary_base, device)
+    return Packing(
+        positions_T.to(torch.int32),
+        cos,
+        sin,
+        numbers[len(bounds) + len(gap) :].view(len(blocks), 3),
+        numbers[: len(bounds)],
+        longest,
+        tile,
+    )
 
 
 def attention(qkv_T3NH: Tensor, packing: Packing) -> Tensor:
-    """As `reference.attention`.
+    """As `reference.attention`, as the packing's tile says; may overwrite qkv.
 
     Raises:
         ValueError: Shapes, dtypes, devices or strides that no kernel takes.
     """
-    checks.tensor(
-        "qkv_T3NH", qkv_T3NH, (len(packing.positions_T), 3, None, 2 * packing.cos.shape[1])
-    )
+    head_width = 2 * packing.cos.shape[1]
+    checks.tensor("qkv_T3NH", qkv_T3NH, (len(packing.positions_T), 3, None, head_width))
     T, _, N, H = qkv_T3NH.shape
+    if packing.tile.kernel == "varlen" and qkv_T3NH.dtype == torch.float32:
+        raise ValueError("qkv_T3NH is torch.float32, torch's varlen_attn takes 16 bits alone")
     out_TNH = qkv_T3NH.new_empty(T, N, H)
-    is_float32 = qkv_T3NH.dtype == torch.float32
     if T:
-        with launch.on(qkv_T3NH):
-            packed.attention_kernel[(len(packing.blocks), N)](
+        if packing.tile.kernel != "rotating":
+            launch.rotate(qkv_T3NH, packing.positions_T, packing.cos, packing.sin)
+        if packing.tile.kernel == "varlen":
+            q_TNH, k_TNH, v_TNH = qkv_T3NH.detach().unbind(dim=1)
+            bounds, longest = packing.bounds, packing.longest
+            # for queries, then for keys
+            out_TNH = varlen.varlen_attn(  # type: ignore[assignment]
+                q_TNH, k_TNH, v_TNH, bounds, bounds, longest, longest
+            )
+        else:
+            launch.attention(
                 qkv_T3NH, packing.positions_T, packing.cos, packing.sin, packing.blocks, out_TNH,
-                N=N, H=H, PRECISION=launch.precision(qkv_T3NH), BLOCK_M=packing.block_m,
-                BLOCK_N=16 if is_float32 else 64, BLOCK_HALF=max(16, launch.power_of_two(H // 2)),
-                BLOCK_H=max(16, launch.power_of_two(H)),
-                num_warps=8 if packing.block_m == 128 else 4, num_stages=2,
+                packing.tile,
             )  # fmt: skip
     return _made_from(out_TNH.flatten(1), qkv_T3NH)
 
@@ -528,7 +560,7 @@ def _run(
     if T == 0:
         return out_TD, weights_TK, experts_TK
     if tiles is None:
-        tiles = plan(launch.device(x_TD.device), Shape(E, D, F, w1_EDF.itemsize, R))
+        tiles = configs.plan(launch.device(x_TD.device), Shape(E, D, F, w1_EDF.itemsize, R))
     is_small = tiles.up.kernel == "small"
     row_weights_R = weights_TK.flatten()
     h_RF = rows_TD.new_empty(R, F)

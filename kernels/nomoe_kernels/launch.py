@@ -11,7 +11,7 @@ import triton
 from torch import Tensor
 
 from . import packed, products, routing
-from .configs import Device, Tile, device_of, supports
+from .configs import AttentionTile, Device, Tile, device_of, supports
 from .reference import Norm, Pooling
 
 # programs that share the routing of a batch: four to a multiprocessor of an H200
@@ -178,6 +178,36 @@ def unpermute(
         routing.unpermute_kernel[(triton.cdiv(T, 4),)](
             rows_SRD, bias_D, residual_TD, norm.weight_D, norm.bias_D, out_TD, T, norm.eps,
             D=D, K=top_k, PARTS=len(rows_SRD), BLOCK_T=4, PIECE=piece(rows_SRD),
+        )  # fmt: skip
+
+
+def rotate(qkv_T3NH: Tensor, positions_T: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """Rotate q and k in place."""
+    T, _, N, H = qkv_T3NH.shape
+    with on(qkv_T3NH):
+        packed.rotate_kernel[(triton.cdiv(T, 32), 2 * N)](
+            qkv_T3NH, positions_T, cos, sin, T,
+            N=N, H=H, BLOCK_T=32, BLOCK_HALF=power_of_two(H // 2),
+        )  # fmt: skip
+
+
+def attention(
+    qkv_T3NH: Tensor,
+    positions_T: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    blocks: Tensor,
+    out_TNH: Tensor,
+    tile: AttentionTile,
+) -> None:
+    """One program for each block of queries and head."""
+    _, _, N, H = qkv_T3NH.shape
+    with on(qkv_T3NH):
+        packed.attention_kernel[(len(blocks), N)](
+            qkv_T3NH, positions_T, cos, sin, blocks, out_TNH,
+            N=N, H=H, ROTATE=tile.kernel == "rotating", PRECISION=precision(qkv_T3NH),
+            BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_HALF=max(16, power_of_two(H // 2)),
+            BLOCK_H=max(16, power_of_two(H)), num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
 
 

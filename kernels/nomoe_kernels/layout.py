@@ -10,20 +10,12 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from torch import Tensor
+
+from .configs import AttentionTile
 
 # every table starts at a multiple of 16 bytes, for which kernels are compiled
 _ALIGNMENT = 4
-
-
-def query_block(longest: int, dtype: torch.dtype) -> int:
-    """Queries in a block of attention, by the longest text of a batch.
-
-    Short texts take small blocks; three passes of tf32 leave registers for 64 queries.
-    """
-    most = 64 if dtype == torch.float32 else 128
-    return min(max(16, 1 << max(longest - 1, 0).bit_length()), most)
 
 
 class Tables(NamedTuple):
@@ -48,23 +40,22 @@ class Layout(NamedTuple):
     tokens: int
     texts: int
     blocks: int
-    # queries in a block of attention
-    block_m: int
+    # tokens of a text at most
+    longest: int
+    # how attention cuts the batch
+    tile: AttentionTile
 
     @classmethod
-    def of(cls, lengths: Sequence[int], dtype: torch.dtype) -> Layout:
+    def of(cls, lengths: Sequence[int], tile: AttentionTile) -> Layout:
         """Room for texts of these lengths and nothing else."""
-        block_m = query_block(max(lengths, default=1), dtype)
-        blocks = sum(-(-length // block_m) for length in lengths)
-        return cls(sum(lengths), len(lengths), blocks, block_m)
+        blocks = sum(-(-length // tile.block_m) for length in lengths)
+        return cls(sum(lengths), len(lengths), blocks, max(lengths, default=1), tile)
 
     @classmethod
-    def room(cls, tokens: int, texts: int, dtype: torch.dtype) -> Layout:
+    def room(cls, tokens: int, texts: int, tile: AttentionTile) -> Layout:
         """Room for any division of so many tokens, or fewer, into so many texts, or fewer."""
-        # texts of a batch are alike, so the mean says how long the longest is
-        block_m = query_block(-(-tokens // texts), dtype)
-        blocks = (tokens + min(texts, tokens) * (block_m - 1)) // block_m
-        return cls(tokens, texts, blocks, block_m)
+        blocks = (tokens + min(texts, tokens) * (tile.block_m - 1)) // tile.block_m
+        return cls(tokens, texts, blocks, tokens, tile)
 
     @property
     def size(self) -> int:
@@ -107,12 +98,12 @@ class Layout(NamedTuple):
         bounds[len(lengths) + 1 :] = len(ids)
         positions_T[: len(ids)] = np.arange(len(ids)) - starts_B.repeat(lengths_B)
         ids_T[: len(ids)] = ids
-        blocks_B = -(-lengths_B // self.block_m)
+        blocks_B = -(-lengths_B // self.tile.block_m)
         text_of = np.arange(len(lengths)).repeat(blocks_B)
         block_of = np.arange(len(text_of)) - (blocks_B.cumsum() - blocks_B)[text_of]
         rows = blocks[: len(text_of)]
         rows[:, 0], rows[:, 1] = starts_B[text_of], lengths_B[text_of]
-        rows[:, 2] = block_of * self.block_m
+        rows[:, 2] = block_of * self.tile.block_m
 
 
 def _aligned(size: int) -> int:

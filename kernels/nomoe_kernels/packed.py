@@ -39,16 +39,55 @@ def load_rotated(
     return first.to(a.dtype), second.to(a.dtype)
 
 
-@triton.jit
-def attention_kernel(
+@triton.jit(do_not_specialize=["T"])
+def rotate_kernel(
     qkv_ptr,  # (T, 3, N, H)
     positions_ptr,  # (T,) int32: place of each token in its text
     cos_ptr,  # (positions, H / 2) float32
     sin_ptr,  # (positions, H / 2) float32
+    T,
+    N: tl.constexpr,
+    H: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_HALF: tl.constexpr,
+):
+    """Rotate q and k in place. Grid (blocks of tokens, 2 * N): a program owns one head of some."""
+    HALF: tl.constexpr = H // 2
+    STRIDE: tl.constexpr = 3 * N * H
+    tokens_T = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    is_token_T = tokens_T < T
+    head_ptr = qkv_ptr + tl.program_id(1) * H
+    first, second = load_rotated(
+        head_ptr, tokens_T, is_token_T, positions_ptr, cos_ptr, sin_ptr, STRIDE, HALF, BLOCK_HALF
+    )
+    half = tl.arange(0, BLOCK_HALF)
+    inside = is_token_T[:, None] & (half < HALF)[None, :]
+    offsets = tokens_T.to(tl.int64)[:, None] * STRIDE + half[None, :]
+    tl.store(head_ptr + offsets, first, mask=inside)
+    tl.store(head_ptr + offsets + HALF, second, mask=inside)
+
+
+@triton.jit
+def load_head(
+    ptr, tokens_M, is_token_M, STRIDE: tl.constexpr, H: tl.constexpr, BLOCK: tl.constexpr
+):
+    """A head's rows, (M, H), zero where there is none."""
+    columns = tl.arange(0, BLOCK)
+    offsets = tokens_M.to(tl.int64)[:, None] * STRIDE + columns[None, :]
+    return tl.load(ptr + offsets, mask=is_token_M[:, None] & (columns < H)[None, :], other=0.0)
+
+
+@triton.jit
+def attention_kernel(
+    qkv_ptr,  # (T, 3, N, H)
+    positions_ptr,  # (T,) int32: place of each token in its text; not read unless ROTATE
+    cos_ptr,  # (positions, H / 2) float32; the same
+    sin_ptr,  # (positions, H / 2) float32; the same
     blocks_ptr,  # (blocks, 3) int32: first token of the text, its tokens, first query of the block
     out_ptr,  # (T, N, H)
     N: tl.constexpr,
     H: tl.constexpr,
+    ROTATE: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -57,9 +96,10 @@ def attention_kernel(
 ):
     """softmax(rotate(q) @ rotate(k).T / sqrt(H)) @ v within each text, every key for every query.
 
-    Grid (blocks, N): program (b, n) owns BLOCK_M queries of one text and head. Queries and keys are
-    rotated as they are loaded, in halves (a cos - b sin, b cos + a sin), and the products of the
-    halves are summed, so they never need be joined. One pass over the keys, with a running maximum.
+    Grid (blocks, N): program (b, n) owns BLOCK_M queries of one text and head. With ROTATE queries
+    and keys are rotated as they are loaded, in halves (a cos - b sin, b cos + a sin), and the
+    products of the halves are summed, so they never need be joined; without it `rotate_kernel` has
+    done so. One pass over the keys, with a running maximum.
     """
     HALF: tl.constexpr = H // 2
     STRIDE: tl.constexpr = 3 * N * H
@@ -71,12 +111,14 @@ def attention_kernel(
     queries_M = first_query + tl.arange(0, BLOCK_M)
     is_query_M = queries_M < length
     q_ptr = qkv_ptr + head * H
-    qa_MH, qb_MH = load_rotated(
-        q_ptr, start + queries_M, is_query_M, positions_ptr, cos_ptr, sin_ptr,
-        STRIDE, HALF, BLOCK_HALF,
-    )  # fmt: skip
-    columns_H = tl.arange(0, BLOCK_H)
-    in_head_H = columns_H < H
+    k_ptr = q_ptr + N * H
+    if ROTATE:
+        qa_MH, qb_MH = load_rotated(
+            q_ptr, start + queries_M, is_query_M, positions_ptr, cos_ptr, sin_ptr,
+            STRIDE, HALF, BLOCK_HALF,
+        )  # fmt: skip
+    else:
+        q_MH = load_head(q_ptr, start + queries_M, is_query_M, STRIDE, H, BLOCK_H)
     # exponentials to base 2
     scale = 1.4426950408889634 / tl.sqrt(H * 1.0)
     maximum_M = tl.full((BLOCK_M,), float("-inf"), tl.float32)
@@ -85,32 +127,32 @@ def attention_kernel(
     for first_key in range(0, length, BLOCK_N):
         keys_N = first_key + tl.arange(0, BLOCK_N)
         is_key_N = keys_N < length
-        ka_NH, kb_NH = load_rotated(
-            q_ptr + N * H, start + keys_N, is_key_N, positions_ptr, cos_ptr, sin_ptr,
-            STRIDE, HALF, BLOCK_HALF,
-        )  # fmt: skip
-        scores_MN = tl.dot(qa_MH, tl.trans(ka_NH), input_precision=PRECISION)
-        scores_MN = tl.dot(qb_MH, tl.trans(kb_NH), scores_MN, input_precision=PRECISION)
+        if ROTATE:
+            ka_NH, kb_NH = load_rotated(
+                k_ptr, start + keys_N, is_key_N, positions_ptr, cos_ptr, sin_ptr,
+                STRIDE, HALF, BLOCK_HALF,
+            )  # fmt: skip
+            scores_MN = tl.dot(qa_MH, tl.trans(ka_NH), input_precision=PRECISION)
+            scores_MN = tl.dot(qb_MH, tl.trans(kb_NH), scores_MN, input_precision=PRECISION)
+        else:
+            k_NH = load_head(k_ptr, start + keys_N, is_key_N, STRIDE, H, BLOCK_H)
+            scores_MN = tl.dot(q_MH, tl.trans(k_NH), input_precision=PRECISION)
         scores_MN = tl.where(is_key_N[None, :], scores_MN * scale, float("-inf"))
         new_maximum_M = tl.maximum(maximum_M, tl.max(scores_MN, axis=1))
         shrink_M = tl.exp2(maximum_M - new_maximum_M)
         weights_MN = tl.exp2(scores_MN - new_maximum_M[:, None])
         sum_M = sum_M * shrink_M + tl.sum(weights_MN, axis=1)
-        v_offsets = (start + keys_N).to(tl.int64)[:, None] * STRIDE + columns_H[None, :]
-        v_NH = tl.load(
-            q_ptr + 2 * N * H + v_offsets,
-            mask=is_key_N[:, None] & in_head_H[None, :],
-            other=0.0,
-        )
+        v_NH = load_head(k_ptr + N * H, start + keys_N, is_key_N, STRIDE, H, BLOCK_H)
         acc_MH = tl.dot(
             weights_MN.to(v_NH.dtype), v_NH, acc_MH * shrink_M[:, None], input_precision=PRECISION
         )
         maximum_M = new_maximum_M
+    columns_H = tl.arange(0, BLOCK_H)
     out_offsets = (start + queries_M).to(tl.int64)[:, None] * (N * H) + columns_H[None, :]
     tl.store(
         out_ptr + head * H + out_offsets,
         (acc_MH / sum_M[:, None]).to(out_ptr.dtype.element_ty),
-        mask=is_query_M[:, None] & in_head_H[None, :],
+        mask=is_query_M[:, None] & (columns_H < H)[None, :],
     )
 
 

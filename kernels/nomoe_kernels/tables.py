@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,26 +22,30 @@ class TableOps:
     expert's group and belong to no text; what they hold reaches no other row.
 
     Args:
-        layout: The room.
+        kernels: `fused` or `invariant`.
+        layout: The room, with a tile for attention of these kernels.
         numbers: Its tables, (layout.size,) int32 on the device.
         padded: The batch may be smaller than the room. If it never is, the kernels need not ask.
     """
 
-    add_layer_norm = staticmethod(fused.add_layer_norm)
-    linear = staticmethod(fused.linear)
-    attention = staticmethod(fused.attention)
-    embed = staticmethod(fused.embed)
-
-    def __init__(self, layout: Layout, numbers: Tensor, *, padded: bool) -> None:
+    def __init__(self, kernels: Any, layout: Layout, numbers: Tensor, *, padded: bool) -> None:
         self.tables = layout.split(numbers)
-        self._block_m = layout.block_m
+        self._kernels = kernels
+        self._layout = layout
         self._live = self.tables.live if padded else None
+        self.add_layer_norm = kernels.add_layer_norm
+        self.linear = kernels.linear
+        self.attention = kernels.attention
+        self.embed = kernels.embed
 
     def moe_block(
         self, x_TD: Tensor, y_TD: Tensor, norm: Norm, moe: MoEWeights, next_norm: Norm
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """As `fused.moe_block`."""
-        return fused.moe_block(x_TD, y_TD, norm, moe, next_norm, live=self._live)
+        """As the kernels', with the live count."""
+        out: tuple[Tensor, Tensor, Tensor] = self._kernels.moe_block(
+            x_TD, y_TD, norm, moe, next_norm, live=self._live
+        )
+        return out
 
     def pack(
         self,
@@ -52,10 +57,17 @@ class TableOps:
         dtype: torch.dtype,
     ) -> Packing:
         """As `fused.pack`, of the tables: lengths and positions are not looked at."""
-        cos, sin = fused.rotary_table(span, head_width, rotary_base, self.tables.live.device)
+        tables = self.tables
+        cos, sin = fused.rotary_table(span, head_width, rotary_base, tables.live.device)
         # kept, for a recording reads them where they are
         self._packing = Packing(
-            self.tables.positions_T, cos, sin, self.tables.blocks, self._block_m
+            tables.positions_T,
+            cos,
+            sin,
+            tables.blocks,
+            tables.bounds,
+            min(self._layout.longest, span),
+            self._layout.tile,
         )
         return self._packing
 
