@@ -477,6 +477,70 @@ def test_smoke_run_of_a_layer(tmp_path):
         assert stock["of_ceiling"] == pytest.approx(slowest / stock["median_ms"])
 
 
+@pytest.fixture
+def bench_kernels(monkeypatch):
+    """The script as a module, with two calls in a run."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    module = importlib.import_module("bench_kernels")
+    monkeypatch.setattr(module, "LAYERS", 2)
+    monkeypatch.setattr(module.bench_moe, "LAYERS", 2)
+    monkeypatch.setattr(module, "SMOKE_TEXTS", ((2, 6),))
+    return module
+
+
+SMOKE_OF_KERNELS = ["--smoke", "--device=cpu", "--dtype=float32", "--repeats=1", "--tokens=5"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="expects the interpreter")
+def test_smoke_run_of_the_kernels(bench_kernels, tmp_path):
+    assert bench_kernels.main([*SMOKE_OF_KERNELS, f"--output={tmp_path}"]) == 0
+    record = json.loads(next(tmp_path.glob("*-bench_kernels-cpu-float32-smoke.json")).read_text())
+    cases = {case["title"]: case["contenders"] for case in record["cases"]}
+    assert list(cases) == [
+        "attention, 2 x 6 tokens",
+        *(f"{name}, 5 tokens" for name in ("fc1 with GELU", "fc2", "Wqkv", "out_proj")),
+        "embedding and LayerNorm, 5 tokens",
+        "residual and LayerNorm, 5 tokens",
+        "residual, LayerNorm and route, 5 tokens",
+        "pooling, 2 x 6 tokens",
+    ]
+    names = [row["name"] for row in cases["attention, 2 x 6 tokens"]]
+    assert names[1:4] == [
+        "nomoe rotating-16-16-4-2 (configured)",
+        "nomoe rotated-16-16-4-2",
+        "nomoe rotating-64-16-4-2",
+    ]
+    # two calls; scores and values, two operations for each pair of tokens and number
+    assert cases["attention, 2 x 6 tokens"][0]["flop"] == 2 * 2 * 2 * 2 * 6**2 * 64
+    fc1 = cases["fc1 with GELU, 5 tokens"]
+    assert [row["name"] for row in fc1[:2]] == ["torch", "nomoe small-16-32-32-4-3 (configured)"]
+    assert fc1[0]["flop"] == 2 * 2 * 5 * 64 * 96
+    for rows in cases.values():
+        own = [row for row in rows if row["name"].startswith("nomoe")]
+        assert own
+        assert all(row["deviation"]["max_abs"] < 1e-5 for row in own)
+        assert rows[-1]["name"] == "ceiling: moving the bytes"
+
+
+def test_a_wrong_kernel_leaves_no_speed(bench_kernels, tmp_path, monkeypatch, capsys):
+    right = bench_kernels.own_linear
+    monkeypatch.setattr(bench_kernels, "own_linear", lambda *given: 1.001 * right(*given))
+    arguments = [*SMOKE_OF_KERNELS, "--only=dense", f"--output={tmp_path}"]
+    assert bench_kernels.main(arguments) == 1
+    assert "fc1 with GELU, 5 tokens, nomoe" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_attention_is_compared_where_it_rotates(bench_kernels, tmp_path, monkeypatch, capsys):
+    """Positions are 0 while time is taken: a form that rotates nothing would pass there."""
+    monkeypatch.setattr(bench_kernels.harness, "measure", lambda *_, **__: pytest.fail("timed"))
+    monkeypatch.setattr("nomoe_kernels.launch.rotate", lambda *given: None)
+    arguments = [*SMOKE_OF_KERNELS, "--only=attention", f"--output={tmp_path}"]
+    assert bench_kernels.main(arguments) == 1
+    assert "kernel='rotated'" in capsys.readouterr().err
+
+
 def test_results_are_never_replaced(tmp_path):
     record = harness.make_record("b", [], command="c", machine="m", settings={}, not_run={})
     first = harness.write_results(record, tmp_path / "new", "b-cpu")

@@ -341,6 +341,29 @@ def small_candidates(device: Device, itemsize: int, *, splits: tuple[int, ...]) 
             yield tile
 
 
+def dense_candidates(device: Device, shape: DenseShape) -> Iterator[Tile]:
+    """The tiles for a product with one matrix that are worth measuring, beside the library."""
+    yield from candidates(device, shape.itemsize, 1, shape.inner)
+    for block_m, block_n, block_k in itertools.product((16, 32, 64), (16, 32, 64), (64, 128)):
+        tile = Tile("small", block_m, block_n, block_k, 4, 4)
+        if tile.shared_memory(shape.itemsize) <= device.shared_memory:
+            yield tile
+
+
+def attention_candidates(shape: AttentionShape) -> Iterator[AttentionTile]:
+    """The forms and blocks of attention that are worth measuring."""
+    formula = attention_formula(shape)
+    kernels: tuple[Literal["rotating", "rotated"], ...] = ("rotating", "rotated")
+    for kernel, block_m, block_n in itertools.product(
+        kernels, (16, 32, 64, 128), (16, 32, 64, 128)
+    ):
+        # three passes of tf32 leave registers for less
+        if shape.itemsize == 2 or block_m * block_n <= 64 * 32:
+            yield AttentionTile(kernel, block_m, block_n, 8 if block_m == 128 else 4, 2)
+    if shape.itemsize == 2:
+        yield formula._replace(kernel="varlen")
+
+
 def largest(device: Device, shape: Shape, inner: int, outer: int) -> Tile:
     """The tile for one product of many rows, by formula."""
 

@@ -1,0 +1,419 @@
+"""Time the kernels outside the mixture of experts: attention, dense products, norms and pooling.
+
+    python benchmarks/bench_kernels.py                              float16 on the GPU
+    python benchmarks/bench_kernels.py --only attention dense --tiles
+    python benchmarks/bench_kernels.py --tokens 16 65536 --dtype bfloat16
+    python benchmarks/bench_kernels.py --smoke                      toy sizes, on a CPU too
+
+As in bench_moe, whose harness this shares: a run is six calls on weights or tokens of their own, so
+that no cache flatters; on a GPU it is replayed as a CUDA graph. Outputs have to agree with plain
+torch in float32 before any time is taken, and at every call. Ceilings, in the same run: torch's
+matrix product of as much arithmetic, and a copy of as many bytes.
+
+Without --tiles each kernel runs as `nomoe_kernels.configs` says, beside what it could be instead:
+the library's product, a kernel where the library is the choice, the tile of batch_invariant=True,
+each form of attention. The route after a norm is in bench_moe.py --kernels too, with the rest of
+its layer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import bench_moe
+import harness
+import torch
+from bench_moe import LAYERS, Ceiling, Work, copy_ceiling
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from nomoe.model import DTYPES, resolve_device
+from nomoe_kernels import configs, reference
+from nomoe_kernels.configs import AttentionShape, AttentionTile, DenseShape, Tile
+from nomoe_kernels.reference import Norm, Pooling
+
+SEED = 0
+TOKENS = (16, 512, 4096, 65_536)
+# texts and tokens of each
+TEXTS = ((1, 16), (1, 512), (256, 16), (32, 128), (128, 512), (4, 2048))
+SMOKE_TOKENS = (5, 40)
+SMOKE_TEXTS = ((1, 5), (3, 20))
+TOP_K = 2
+KINDS = ("attention", "dense", "embed", "norm", "route", "pool")
+
+
+class Sizes(NamedTuple):
+    """A model's sizes."""
+
+    width: int
+    ffn_width: int
+    heads: int
+    experts: int
+    vocabulary: int
+
+
+REAL = Sizes(768, 3072, 12, 8, 250_048)
+SMOKE = Sizes(64, 96, 4, 4, 500)
+
+
+class Bench(NamedTuple):
+    """What every work is drawn with."""
+
+    sizes: Sizes
+    dtype: torch.dtype
+    device: torch.device
+    # the Triton kernels, or None where they cannot run
+    fused: Any
+    # every tile of the tuner's menu
+    all_tiles: bool
+
+    def normal(self, *shape: int, scale: float = 1.0) -> list[Tensor]:
+        """Numbers of their own for each of the six calls of a run."""
+        generator = torch.Generator(self.device).manual_seed(SEED)
+        return [
+            (torch.randn(*shape, generator=generator, device=self.device) * scale).to(self.dtype)
+            for _ in range(LAYERS)
+        ]
+
+    @property
+    def described(self) -> configs.Device:
+        """What configurations depend on."""
+        return configs.device_of(self.device)
+
+
+def attention_works(bench: Bench, texts: int, length: int) -> Iterator[tuple[Work, list[Any]]]:
+    """Every form of attention over texts of one length.
+
+    Forms that rotate q and k in place would rotate them once more at every call. So all positions
+    are 0 while time is taken, where a rotation changes nothing and costs the same; `check_rotation`
+    has seen true ones.
+    """
+    D, H = bench.sizes.width, bench.sizes.width // bench.sizes.heads
+    T, lengths = texts * length, [length] * texts
+    layers = bench.normal(T, 3, bench.sizes.heads, H)
+    positions_T = torch.zeros(T, dtype=torch.int64, device=bench.device)
+
+    def pack(module: Any, dtype: torch.dtype, **options: Any) -> Any:
+        return module.pack(lengths, positions_T, length, H, 10_000.0, dtype, **options)
+
+    plain, exact = pack(reference, bench.dtype), pack(reference, torch.float32)
+    runs = {"torch, rotation and SDPA": lambda qkv: reference.attention(qkv, plain)}
+    for name, tile in attention_tiles(bench, AttentionShape(H, layers[0].itemsize, length, T)):
+        check_rotation(bench, tile, lengths)
+        packing = pack(bench.fused, bench.dtype, tile=tile)
+        runs[name] = lambda qkv, packing=packing: bench.fused.attention(qkv, packing)
+    moved = 4 * T * D * layers[0].itemsize
+    flop = 4 * texts * length**2 * D
+    yield (
+        Work(
+            f"attention, {texts} x {length:,} tokens",
+            T,
+            runs,
+            lambda qkv: reference.attention(qkv.float(), exact),
+            "torch, rotation and SDPA",
+            flop=flop,
+            bytes=moved,
+            ceilings=[
+                # the scores' and the values' products in one, with texts of this length
+                product_ceiling(bench, T, D, 2 * length),
+                copy_ceiling(moved, bench.device),
+            ],
+        ),
+        layers,
+    )
+
+
+def attention_tiles(bench: Bench, shape: AttentionShape) -> Iterator[tuple[str, AttentionTile]]:
+    """The forms that run here, the configured one among them."""
+    if bench.fused is None:
+        return
+    configured = configs.attention(bench.described, shape)
+    tiles = {configured: None}
+    for kernel in ("rotating", "rotated", "varlen"):
+        tiles[configured._replace(kernel=kernel)] = None
+    tiles[configs.invariant_attention(shape.itemsize)] = None
+    if bench.all_tiles:
+        tiles |= dict.fromkeys(configs.attention_candidates(shape))
+    for tile in tiles:
+        if tile.kernel != "varlen" or (bench.device.type == "cuda" and shape.itemsize == 2):
+            is_chosen = " (configured)" if tile == configured else ""
+            yield f"nomoe {'-'.join(map(str, tile))}{is_chosen}", tile
+
+
+def check_rotation(bench: Bench, tile: AttentionTile, lengths: list[int]) -> None:
+    """Compare a form of attention with plain torch at true positions.
+
+    Raises:
+        DisagreementError: They differ.
+    """
+    H = bench.sizes.width // bench.sizes.heads
+    qkv = bench.normal(sum(lengths), 3, bench.sizes.heads, H)[0]
+    positions_T = torch.cat([torch.arange(length) for length in lengths]).to(bench.device)
+    packed = (lengths, positions_T, max(lengths), H, 10_000.0)
+    expected = reference.attention(qkv.float(), reference.pack(*packed, torch.float32))
+    out = bench.fused.attention(qkv, bench.fused.pack(*packed, bench.dtype, tile=tile))
+    bound = bench_moe.BOUNDS[str(bench.dtype).removeprefix("torch.")]
+    harness.check_agreement(f"{tile} at true positions", out, expected, bound)
+
+
+class DenseLayer(NamedTuple):
+    """What a product takes."""
+
+    weight_OI: Tensor
+    bias_O: Tensor
+
+
+def dense_works(bench: Bench, tokens: int) -> Iterator[tuple[Work, list[Any]]]:
+    """The four products with one matrix, with their bias and GELU."""
+    D, F_ = bench.sizes.width, bench.sizes.ffn_width
+    for name, inner, outer, gelu in (
+        ("fc1 with GELU", D, F_, True),
+        ("fc2", F_, D, False),
+        ("Wqkv", D, 3 * D, False),
+        ("out_proj", D, D, False),
+    ):
+        x_TI = bench.normal(tokens, inner)[0]
+        weights = bench.normal(outer, inner, scale=inner**-0.5)
+        layers = list(map(DenseLayer, weights, bench.normal(outer)))
+        runs = {"torch": lambda one, x=x_TI, gelu=gelu: reference.linear(x, *one, gelu=gelu)}
+        shape = DenseShape(inner, outer, x_TI.itemsize, tokens, gelu)
+        for label, tile in dense_tiles(bench, shape):
+            runs[label] = partial(own_linear, bench.fused, x_TI, tile, gelu)
+        moved = (inner * outer + tokens * (inner + outer)) * x_TI.itemsize
+        yield (
+            Work(
+                f"{name}, {tokens:,} tokens",
+                tokens,
+                runs,
+                lambda one, x=x_TI, gelu=gelu: reference.linear(
+                    x.float(), one.weight_OI.float(), one.bias_O.float(), gelu=gelu
+                ),
+                "torch",
+                flop=2 * tokens * inner * outer,
+                bytes=moved,
+                ceilings=[
+                    Ceiling(
+                        "ceiling: product",
+                        lambda one, x=x_TI: x @ one.weight_OI.T,
+                        2 * tokens * inner * outer,
+                        moved,
+                    ),
+                    copy_ceiling(moved, bench.device),
+                ],
+            ),
+            layers,
+        )
+
+
+def own_linear(fused: Any, x_TI: Tensor, tile: Tile, gelu: bool, layer: DenseLayer) -> Tensor:
+    """A product by one of the kernels."""
+    out: Tensor = fused.linear(x_TI, *layer, gelu=gelu, tile=tile)
+    return out
+
+
+def dense_tiles(bench: Bench, shape: DenseShape) -> Iterator[tuple[str, Tile]]:
+    """The configured tile, or the one that would be; that of batch_invariant=True; all if asked."""
+    if bench.fused is None:
+        return
+    device = bench.described
+    configured = configs.dense(device, shape)
+    one = configs.Shape(1, shape.inner, shape.outer, shape.itemsize, shape.rows)
+    tiles = {}
+    if configured == "library":
+        tiles[configs.largest(device, one, shape.inner, shape.outer)] = None
+    else:
+        tiles[configured] = None
+    tiles[configs.invariant_tile(device, shape.itemsize)] = None
+    if bench.all_tiles:
+        tiles |= dict.fromkeys(configs.dense_candidates(device, shape))
+    for tile in tiles:
+        is_chosen = " (configured)" if tile == configured else ""
+        yield f"nomoe {'-'.join(map(str, tile[:6]))}{is_chosen}", tile
+
+
+def row_works(bench: Bench, tokens: int, kind: str) -> Iterator[tuple[Work, list[Any]]]:
+    """What works on whole rows: embedding and norm, residual and norm, the same and the router."""
+    D = bench.sizes.width
+    x_TD, y_TD = bench.normal(2, tokens, D)[0]
+    vectors = bench.normal(3, D)
+    item = x_TD.itemsize
+    run: Callable[[Any, Tensor], Tensor]
+    layers: list[Any] = vectors
+    if kind == "embed":
+        words_VD = bench.normal(bench.sizes.vocabulary, D)[0]
+        generator = torch.Generator().manual_seed(SEED)
+        # ids of their own for each call: the table is too large to be there six times
+        layers = [
+            (
+                torch.randint(len(words_VD), (tokens,), generator=generator).to(bench.device),
+                *vector_3D,
+            )
+            for vector_3D in vectors
+        ]
+
+        def run(module: Any, one: Any) -> Tensor:
+            ids_T, type_D, *norm = one
+            return module.embed(ids_T, words_VD, type_D, Norm(*norm, 1e-5))
+
+        title, moved = "embedding and LayerNorm", tokens * (2 * D * item + 8)
+    elif kind == "norm":
+
+        def run(module: Any, one: Any) -> Tensor:
+            return module.add_layer_norm(x_TD, y_TD, Norm(one[0], one[1], 1e-5))
+
+        title, moved = "residual and LayerNorm", 3 * tokens * D * item
+    else:
+        layers = bench.normal(bench.sizes.experts, D, scale=D**-0.5)
+        norm = Norm(*vectors[0][:2], 1e-5)
+
+        def run(module: Any, one: Any) -> Tensor:
+            return module.add_norm_route(x_TD, y_TD, norm, one, TOP_K)[0]
+
+        title, moved = "residual, LayerNorm and route", tokens * (3 * D * item + TOP_K * 12)
+    runs = {"torch": partial(run, reference)}
+    if bench.fused is not None:
+        runs["nomoe"] = partial(run, bench.fused)
+    yield (
+        Work(
+            f"{title}, {tokens:,} tokens",
+            tokens,
+            runs,
+            lambda one: run(reference, one).float(),
+            "torch",
+            flop=0,
+            bytes=moved,
+            ceilings=[copy_ceiling(moved, bench.device)],
+        ),
+        layers,
+    )
+
+
+def pool_works(bench: Bench, texts: int, length: int) -> Iterator[tuple[Work, list[Any]]]:
+    """Mean and norm of texts of one length."""
+    D, lengths, pooling = (
+        bench.sizes.width,
+        [length] * texts,
+        Pooling(bench.sizes.width, False, True),
+    )
+    layers = bench.normal(texts * length, D)
+    runs = {"torch": lambda one: reference.pool(one, lengths, pooling)}
+    if bench.fused is not None:
+        starts = torch.arange(texts + 1, dtype=torch.int32, device=bench.device) * length
+        # as an engine has it: where texts start is on the device already
+        runs["nomoe"] = lambda one: bench.fused.pool_between(one, starts, pooling)
+    moved = texts * D * (length * layers[0].itemsize + 4)
+    yield (
+        Work(
+            f"pooling, {texts} x {length:,} tokens",
+            texts * length,
+            runs,
+            lambda one: reference.pool(one.float(), lengths, pooling),
+            "torch",
+            flop=0,
+            bytes=moved,
+            ceilings=[copy_ceiling(moved, bench.device)],
+        ),
+        layers,
+    )
+
+
+def product_ceiling(bench: Bench, rows: int, inner: int, outer: int) -> Ceiling:
+    """Torch's product of (rows, inner) with (inner, outer)."""
+    x, weight = bench.normal(rows, inner)[0], bench.normal(inner, outer)[0]
+    moved = (inner * outer + rows * (inner + outer)) * x.itemsize
+    return Ceiling("ceiling: product", lambda one: x @ weight, 2 * rows * inner * outer, moved)
+
+
+def works(
+    bench: Bench, kind: str, tokens: tuple[int, ...], texts: tuple[tuple[int, int], ...]
+) -> Iterator[tuple[Work, list[Any]]]:
+    """All works of a kind, each drawn when it is asked for, with what its six calls are given."""
+    if kind in ("attention", "pool"):
+        for count, length in texts:
+            make = attention_works if kind == "attention" else pool_works
+            yield from make(bench, count, length)
+        return
+    for count in tokens:
+        if kind == "dense":
+            yield from dense_works(bench, count)
+        else:
+            yield from row_works(bench, count, kind)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the benchmark; return the exit status."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parser = argparse.ArgumentParser(description="Time attention, dense products, norms, pooling.")
+    parser.add_argument("--smoke", action="store_true", help="toy sizes and few tokens")
+    parser.add_argument(
+        "--only", nargs="+", choices=KINDS, default=list(KINDS), help="which kernels"
+    )
+    parser.add_argument("--tiles", action="store_true", help="every tile of the tuner's menu")
+    parser.add_argument(
+        "--tokens", type=int, nargs="+", help="tokens of a batch, where no text ends"
+    )
+    parser.add_argument("--dtype", choices=DTYPES, default="float16")
+    parser.add_argument("--device", help="cpu, cuda, ...; by default a GPU where there is one")
+    parser.add_argument("--repeats", type=int, default=10, help="timed calls of each contender")
+    parser.add_argument("--output", type=Path, default=harness.RESULTS, help="folder for results")
+    args = parser.parse_args(arguments)
+    tokens = tuple(args.tokens or (SMOKE_TOKENS if args.smoke else TOKENS))
+    if min(*tokens, args.repeats) < 1:
+        parser.error("--tokens and --repeats must be at least 1")
+    device = resolve_device(args.device)
+    if device.type == "cuda":
+        # graphs are captured on the current device
+        torch.cuda.set_device(device)
+    machine = harness.machine_line(device)
+    dtype = DTYPES[args.dtype]
+    obstacle = bench_moe.triton_obstacle(device, dtype)
+    not_run = {"nomoe": obstacle} if obstacle else {}
+    fused = None
+    if not obstacle:
+        from nomoe_kernels import fused
+    bench = Bench(SMOKE if args.smoke else REAL, dtype, device, fused, args.tiles)
+    results = []
+    with torch.no_grad():
+        try:
+            for kind in tqdm(args.only, unit=" kinds", disable=None):
+                for work, layers in works(
+                    bench, kind, tokens, SMOKE_TEXTS if args.smoke else TEXTS
+                ):
+                    case = bench_moe.build_case(work, layers, args.dtype, device)
+                    measured = harness.measure(case, repeats=args.repeats, device=device)
+                    # the runs hold graphs and their memory; the record needs names and figures
+                    results.append(bench_moe.forget_runs(case, measured))
+                    del case, measured, work, layers
+        except harness.DisagreementError as error:
+            print(f"no speed is reported, since outputs disagree: {error}", file=sys.stderr)
+            return 1
+
+    record = harness.make_record(
+        "bench_kernels",
+        results,
+        command=harness.command_line(arguments),
+        machine=machine,
+        settings={
+            "dtype": args.dtype,
+            "device": str(device),
+            "repeats": args.repeats,
+            "warm-up": harness.WARM_UP,
+            "calls in a run": LAYERS,
+            "CUDA graphs": device.type == "cuda",
+        },
+        not_run=not_run,
+    )
+    stem = f"bench_kernels-{device.type}-{args.dtype}" + ("-smoke" if args.smoke else "")
+    print(harness.render(record))
+    for path in harness.write_results(record, args.output, stem):
+        print(f"wrote {path}", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
