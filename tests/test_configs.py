@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -200,7 +201,7 @@ def test_the_tuner(
 
     monkeypatch.setattr(tune.fused, "run_layer", run)
     monkeypatch.setattr(tune, "time_plan", lambda layers, tiles, repeats: 1e-3 + tiles.down.block_m)
-    sizes = ["--width=32", "--ffn-width=32", "--experts=4", "--dtype=float32"]
+    sizes = ["--width=32", "--ffn-width=32", "--experts=4", "--dtype=float32", "--only=layer"]
     with pytest.raises(SystemExit):
         tune.main(sizes)
     assert "under Triton's interpreter give --output" in capsys.readouterr().err
@@ -227,3 +228,57 @@ def test_the_tuner(
     with pytest.raises(ZeroDivisionError):
         tune.main([*sizes, "--rows", "16", "--again"])
     assert mine.read_text() == before
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="expects the interpreter")
+def test_the_tuner_of_dense_products_and_attention(
+    table: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good, wrong = (Tile("pointer", 16, block_n, 32, 4, 2) for block_n in (32, 16))
+    forms = [AttentionTile(kernel, 16, 16, 4, 2) for kernel in ("rotated", "rotating")]
+    monkeypatch.setattr(configs, "dense_candidates", lambda *given: iter([wrong, good]))
+    monkeypatch.setattr(configs, "attention_candidates", lambda *given: iter(forms))
+    linear, rotate = tune.fused.linear, tune.fused.launch.rotate
+    spoiled = [True]
+
+    def run(*given: torch.Tensor, tile: Tile, gelu: bool) -> torch.Tensor:
+        return linear(*given, tile=tile, gelu=gelu) * (2 if tile == wrong else 1)
+
+    def rotate_unless_spoiled(*given: torch.Tensor) -> None:
+        if not spoiled[0]:
+            rotate(*given)
+
+    monkeypatch.setattr(tune.fused, "linear", run)
+    monkeypatch.setattr(tune.fused.launch, "rotate", rotate_unless_spoiled)
+    # of those that are right the fastest wins
+    seconds = {"library": 2.0, wrong: 0.5, good: 1.0, forms[0]: 0.5, forms[1]: 1.0}
+
+    def pretend(calls: list[Any], repeats: int) -> float:
+        # (tile, layer) of a product, (qkv, packing) of attention
+        first, second = calls[0].args
+        return seconds[second.tile if isinstance(second, tune.fused.Packing) else first]
+
+    monkeypatch.setattr(tune, "time_calls", pretend)
+    output = table.with_name("mine.json")
+    sizes = ["--width=32", "--ffn-width=48", "--head-width=16", "--dtype=float32", "--rows=16"]
+    device = configs.device_of(torch.device("cpu"))
+
+    def tuned(*more: str) -> tuple[Tile | str, AttentionTile]:
+        monkeypatch.setattr(configs, "TUNED", table)
+        arguments = [*sizes, f"--output={output}", "--only", "dense", "attention", *more]
+        assert tune.main(arguments) == 0
+        monkeypatch.setattr(configs, "TUNED", output)
+        forget()
+        return (
+            configs.dense(device, DenseShape(32, 48, 4, 16, gelu=True)),
+            configs.attention(device, AttentionShape(16, 4, 16, 16)),
+        )
+
+    assert tuned() == (good, forms[1])
+    assert "left out, its result is wrong" in capsys.readouterr().err
+    spoiled[0] = False
+    assert tuned() == (good, forms[1]), "in the table already"
+    assert tuned("--again") == (good, forms[0])
+    seconds["library"] = 0.1
+    assert tuned("--again") == ("library", forms[0])
