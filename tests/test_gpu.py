@@ -13,7 +13,9 @@ from torch import Tensor
 from nomoe import Encoder, data
 from nomoe.verify import verify_golden
 from nomoe_kernels import reference
-from tests.test_fused_ops import Layer, exact_layer
+from nomoe_kernels.reference import Pooling
+from tests.test_attention_ops import draw, exact_attention, off
+from tests.test_fused_ops import BOUNDS, Layer, exact_layer
 
 pytestmark = pytest.mark.gpu
 
@@ -163,6 +165,55 @@ def test_a_bad_token_stays_alone_at_real_size(count: int) -> None:
     good = [t for t in range(count) if t not in (3, count - 1)]
     assert torch.equal(out_TD[good], clean[good])
     assert out_TD[3].isnan().any()
+
+
+@pytest.mark.parametrize("count", [1, 16, 17, 64, 65, 300, 4096, 20_000])
+@pytest.mark.parametrize(
+    ("inner", "outer", "gelu"), [(D, F, True), (F, D, False), (D, 3 * D, False), (D, D, False)]
+)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_dense_products_at_every_size(
+    count: int, inner: int, outer: int, gelu: bool, dtype: torch.dtype
+) -> None:
+    """As configured, and by the one tile of batch_invariant=True."""
+    from nomoe_kernels import fused, invariant
+
+    generator = torch.Generator("cuda").manual_seed(count)
+    x_TI, weight_OI, bias_O = (
+        torch.randn(*shape, generator=generator, device="cuda")
+        for shape in ((count, inner), (outer, inner), (outer,))
+    )
+    given = x_TI.to(dtype), (weight_OI / inner**0.5).to(dtype), bias_O.to(dtype)
+    exact_TO = reference.linear(*(one.double() for one in given), gelu=gelu)
+    plain = (reference.linear(*given, gelu=gelu) - exact_TO).square().mean().sqrt()
+    for module in (fused, invariant):
+        first = module.linear(*given, gelu=gelu)
+        assert (first - exact_TO).square().mean().sqrt() <= 1.5 * plain
+        assert all(torch.equal(module.linear(*given, gelu=gelu), first) for _ in range(10))
+    # any rows of them alone: the same bits
+    some = invariant.linear(
+        given[0][count // 3 : count // 3 + 7].contiguous(), *given[1:], gelu=gelu
+    )
+    assert torch.equal(some, first[count // 3 : count // 3 + 7])
+
+
+@pytest.mark.parametrize("lengths", [[16] * 64, [512] * 8, [2048, 1, 300], [128, 77, 3]], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_attention_and_pooling_at_the_real_sizes(lengths: list[int], dtype: torch.dtype) -> None:
+    from nomoe_kernels import fused, invariant
+
+    qkv_T3NH, positions_T = draw(lengths, (12, 64), dtype)
+    exact_TD = exact_attention(qkv_T3NH, positions_T, lengths)
+    for module in (fused, invariant):
+        packing = module.pack(lengths, positions_T, 8192, 64, 1e4, dtype)
+        out_TD = module.attention(qkv_T3NH.clone(), packing)
+        assert off(out_TD, exact_TD) < BOUNDS[dtype]
+        again = [module.attention(qkv_T3NH.clone(), packing) for _ in range(10)]
+        assert all(torch.equal(one, out_TD) for one in again)
+    pooling = Pooling(256, True, True)
+    vectors = fused.pool(out_TD, lengths, pooling)
+    exact = reference.pool(out_TD.double(), lengths, pooling)
+    assert (vectors - exact).abs().max() < 4e-7
 
 
 def test_compiled_whole() -> None:

@@ -20,11 +20,10 @@ from itertools import accumulate, chain
 from typing import Any, Literal, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 from torch.nn.attention import varlen
 
-from . import checks, configs, launch, packed, reference, routing
+from . import checks, configs, launch, reference
 from .configs import AttentionShape, AttentionTile, DenseShape, Plan, Shape, Tile
 from .reference import MoEWeights, Norm, Pooling, rotary_angles
 
@@ -96,13 +95,7 @@ def permute(experts_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     low, high = (int(value) for value in experts_TK.aminmax())
     if low < 0 or high >= num_experts:
         raise ValueError(f"experts_TK runs from {low} to {high}, outside 0 to {num_experts - 1}")
-    programs, chunk = launch.share(R, 16)
-    counts_PE = experts_TK.new_empty(programs, num_experts, dtype=torch.int32)
-    with launch.on(experts_TK):
-        routing.count_kernel[(programs,)](
-            experts_TK, counts_PE, R, chunk,
-            E=num_experts, BLOCK_R=16, BLOCK_E=launch.power_of_two(num_experts),
-        )  # fmt: skip
+    counts_PE, chunk = launch.count(experts_TK, num_experts)
     order_R, ends_E, _ = launch.permute(experts_TK, counts_PE, chunk, None)
     return order_R, ends_E
 
@@ -206,12 +199,7 @@ def add_layer_norm(x_TD: Tensor, y_TD: Tensor, norm: Norm) -> Tensor:
     checks.tensor("y_TD", y_TD, (D,) if y_TD.dim() == 1 else (T, D), like=x_TD)
     checks.norm("norm", norm, x_TD)
     out_TD = torch.empty_like(x_TD)
-    if T:
-        with launch.on(x_TD):
-            routing.add_layer_norm_kernel[(triton.cdiv(T, 4),)](
-                x_TD, y_TD, norm.weight_D, norm.bias_D, out_TD, T, norm.eps,
-                D=D, Y_STRIDE=0 if y_TD.dim() == 1 else D, BLOCK_T=4, PIECE=launch.piece(x_TD),
-            )  # fmt: skip
+    launch.add_layer_norm(x_TD, y_TD, norm, out_TD)
     return _made_from(out_TD, x_TD, y_TD, norm.weight_D, norm.bias_D)
 
 
@@ -358,12 +346,7 @@ def embed(ids_T: Tensor, words_VD: Tensor, type_D: Tensor, norm: Norm) -> Tensor
     checks.tensor("type_D", type_D, (D,), like=words_VD)
     checks.norm("norm", norm, words_VD)
     out_TD = words_VD.new_empty(len(ids_T), D)
-    if len(ids_T):
-        with launch.on(words_VD):
-            packed.embed_kernel[(triton.cdiv(len(ids_T), 4),)](
-                ids_T, words_VD, type_D, norm.weight_D, norm.bias_D, out_TD, len(ids_T), norm.eps,
-                D=D, BLOCK_T=4, PIECE=launch.piece(words_VD),
-            )  # fmt: skip
+    launch.embed(ids_T, words_VD, type_D, norm, out_TD)
     return _made_from(out_TD, words_VD, type_D, norm.weight_D, norm.bias_D)
 
 

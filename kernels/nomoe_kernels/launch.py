@@ -52,6 +52,18 @@ def route(
     return counts_PE, chunk
 
 
+def count(experts_TK: Tensor, experts: int) -> tuple[Tensor, int]:
+    """The counts of each program for `permute`, and its rows."""
+    programs, chunk = share(experts_TK.numel(), 16)
+    counts_PE = experts_TK.new_empty(programs, experts, dtype=torch.int32)
+    with on(experts_TK):
+        routing.count_kernel[(programs,)](
+            experts_TK, counts_PE, experts_TK.numel(), chunk,
+            E=experts, BLOCK_R=16, BLOCK_E=power_of_two(experts),
+        )  # fmt: skip
+    return counts_PE, chunk
+
+
 def permute(
     experts_TK: Tensor, counts_PE: Tensor, chunk: int, x_TD: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -179,6 +191,28 @@ def unpermute(
             rows_SRD, bias_D, residual_TD, norm.weight_D, norm.bias_D, out_TD, T, norm.eps,
             D=D, K=top_k, PARTS=len(rows_SRD), BLOCK_T=4, PIECE=piece(rows_SRD),
         )  # fmt: skip
+
+
+def add_layer_norm(x_TD: Tensor, y_TD: Tensor, norm: Norm, out_TD: Tensor) -> None:
+    """One warp a row; y may be one row for all."""
+    T, D = x_TD.shape
+    if T:
+        with on(x_TD):
+            routing.add_layer_norm_kernel[(triton.cdiv(T, 4),)](
+                x_TD, y_TD, norm.weight_D, norm.bias_D, out_TD, T, norm.eps,
+                D=D, Y_STRIDE=0 if y_TD.dim() == 1 else D, BLOCK_T=4, PIECE=piece(x_TD),
+            )  # fmt: skip
+
+
+def embed(ids_T: Tensor, words_VD: Tensor, type_D: Tensor, norm: Norm, out_TD: Tensor) -> None:
+    """One warp a token."""
+    T, D = out_TD.shape
+    if T:
+        with on(words_VD):
+            packed.embed_kernel[(triton.cdiv(T, 4),)](
+                ids_T, words_VD, type_D, norm.weight_D, norm.bias_D, out_TD, T, norm.eps,
+                D=D, BLOCK_T=4, PIECE=piece(words_VD),
+            )  # fmt: skip
 
 
 def rotate(qkv_T3NH: Tensor, positions_T: Tensor, cos: Tensor, sin: Tensor) -> None:
