@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -72,13 +72,15 @@ class Bench(NamedTuple):
     # every tile of the tuner's menu
     all_tiles: bool
 
-    def normal(self, *shape: int, scale: float = 1.0) -> list[Tensor]:
-        """Numbers of their own for each of the six calls of a run."""
-        generator = torch.Generator(self.device).manual_seed(SEED)
-        return [
-            (torch.randn(*shape, generator=generator, device=self.device) * scale).to(self.dtype)
-            for _ in range(LAYERS)
-        ]
+    def normal(self, *shape: int, scale: float = 1.0, seed: int = SEED) -> Tensor:
+        """Numbers that are the same in every run."""
+        generator = torch.Generator(self.device).manual_seed(seed)
+        drawn = torch.randn(*shape, generator=generator, device=self.device)
+        return (drawn * scale).to(self.dtype)
+
+    def for_each_call(self, *shape: int, scale: float = 1.0) -> list[Tensor]:
+        """Numbers of their own for each call of a run."""
+        return [self.normal(*shape, scale=scale, seed=SEED + 1 + call) for call in range(LAYERS)]
 
     @property
     def described(self) -> configs.Device:
@@ -95,7 +97,7 @@ def attention_works(bench: Bench, texts: int, length: int) -> Iterator[tuple[Wor
     """
     D, H = bench.sizes.width, bench.sizes.width // bench.sizes.heads
     T, lengths = texts * length, [length] * texts
-    layers = bench.normal(T, 3, bench.sizes.heads, H)
+    layers = bench.for_each_call(T, 3, bench.sizes.heads, H)
     positions_T = torch.zeros(T, dtype=torch.int64, device=bench.device)
 
     def pack(module: Any, dtype: torch.dtype, **options: Any) -> Any:
@@ -152,7 +154,7 @@ def check_rotation(bench: Bench, tile: AttentionTile, lengths: list[int]) -> Non
         DisagreementError: They differ.
     """
     H = bench.sizes.width // bench.sizes.heads
-    qkv = bench.normal(sum(lengths), 3, bench.sizes.heads, H)[0]
+    qkv = bench.normal(sum(lengths), 3, bench.sizes.heads, H)
     positions_T = torch.cat([torch.arange(length) for length in lengths]).to(bench.device)
     packed = (lengths, positions_T, max(lengths), H, 10_000.0)
     expected = reference.attention(qkv.float(), reference.pack(*packed, torch.float32))
@@ -177,9 +179,9 @@ def dense_works(bench: Bench, tokens: int) -> Iterator[tuple[Work, list[Any]]]:
         ("Wqkv", D, 3 * D, False),
         ("out_proj", D, D, False),
     ):
-        x_TI = bench.normal(tokens, inner)[0]
-        weights = bench.normal(outer, inner, scale=inner**-0.5)
-        layers = list(map(DenseLayer, weights, bench.normal(outer)))
+        x_TI = bench.normal(tokens, inner)
+        weights = bench.for_each_call(outer, inner, scale=inner**-0.5)
+        layers = list(map(DenseLayer, weights, bench.for_each_call(outer)))
         runs = {"torch": lambda one, x=x_TI, gelu=gelu: reference.linear(x, *one, gelu=gelu)}
         shape = DenseShape(inner, outer, x_TI.itemsize, tokens, gelu)
         for label, tile in dense_tiles(bench, shape):
@@ -239,13 +241,12 @@ def dense_tiles(bench: Bench, shape: DenseShape) -> Iterator[tuple[str, Tile]]:
 def row_works(bench: Bench, tokens: int, kind: str) -> Iterator[tuple[Work, list[Any]]]:
     """What works on whole rows: embedding and norm, residual and norm, the same and the router."""
     D = bench.sizes.width
-    x_TD, y_TD = bench.normal(2, tokens, D)[0]
-    vectors = bench.normal(3, D)
+    x_TD, y_TD = bench.normal(2, tokens, D)
+    vectors = bench.for_each_call(3, D)
     item = x_TD.itemsize
-    run: Callable[[Any, Tensor], Tensor]
     layers: list[Any] = vectors
     if kind == "embed":
-        words_VD = bench.normal(bench.sizes.vocabulary, D)[0]
+        words_VD = bench.normal(bench.sizes.vocabulary, D)
         generator = torch.Generator().manual_seed(SEED)
         # ids of their own for each call: the table is too large to be there six times
         layers = [
@@ -268,7 +269,7 @@ def row_works(bench: Bench, tokens: int, kind: str) -> Iterator[tuple[Work, list
 
         title, moved = "residual and LayerNorm", 3 * tokens * D * item
     else:
-        layers = bench.normal(bench.sizes.experts, D, scale=D**-0.5)
+        layers = bench.for_each_call(bench.sizes.experts, D, scale=D**-0.5)
         norm = Norm(*vectors[0][:2], 1e-5)
 
         def run(module: Any, one: Any) -> Tensor:
@@ -300,7 +301,7 @@ def pool_works(bench: Bench, texts: int, length: int) -> Iterator[tuple[Work, li
         [length] * texts,
         Pooling(bench.sizes.width, False, True),
     )
-    layers = bench.normal(texts * length, D)
+    layers = bench.for_each_call(texts * length, D)
     runs = {"torch": lambda one: reference.pool(one, lengths, pooling)}
     if bench.fused is not None:
         starts = torch.arange(texts + 1, dtype=torch.int32, device=bench.device) * length
@@ -324,7 +325,7 @@ def pool_works(bench: Bench, texts: int, length: int) -> Iterator[tuple[Work, li
 
 def product_ceiling(bench: Bench, rows: int, inner: int, outer: int) -> Ceiling:
     """Torch's product of (rows, inner) with (inner, outer)."""
-    x, weight = bench.normal(rows, inner)[0], bench.normal(inner, outer)[0]
+    x, weight = bench.normal(rows, inner), bench.normal(inner, outer)
     moved = (inner * outer + rows * (inner + outer)) * x.itemsize
     return Ceiling("ceiling: product", lambda one: x @ weight, 2 * rows * inner * outer, moved)
 

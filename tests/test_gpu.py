@@ -167,7 +167,7 @@ def test_a_bad_token_stays_alone_at_real_size(count: int) -> None:
     assert out_TD[3].isnan().any()
 
 
-@pytest.mark.parametrize("count", [1, 16, 17, 64, 65, 300, 4096, 20_000])
+@pytest.mark.parametrize("count", [1, 64, 300, 4096, 20_000])
 @pytest.mark.parametrize(
     ("inner", "outer", "gelu"), [(D, F, True), (F, D, False), (D, 3 * D, False), (D, D, False)]
 )
