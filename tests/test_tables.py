@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nomoe_kernels import fused, launch, reference
+from nomoe_kernels import fused, invariant, launch, reference
 from nomoe_kernels.configs import AttentionTile
 from nomoe_kernels.layout import Layout
 from nomoe_kernels.reference import MoEWeights, Norm, Pooling
@@ -125,6 +125,20 @@ def test_ends_count_real_rows_only() -> None:
     )
     assert torch.equal(ends_E, expected_ends_E)
     assert torch.equal(order_R[: 2 * 21], expected_R)
+
+
+@pytest.mark.parametrize("kernels", [fused, invariant], ids=lambda one: one.__name__)
+def test_table_ops_know_how_many_tokens_are_real(kernels: Any) -> None:
+    x_TD, y_TD, moe, norm = weights_of(Case(12, experts=4, width=32, ffn_width=32), torch.float32)
+    layout = Layout(12, 2, 4, 12, tile_of(16))
+    numbers = filled(layout, [1] * 7, [5, 2]).to(DEVICE)
+    for padded in (True, False):
+        ops = TableOps(kernels, layout, numbers, padded=padded)
+        out_TD, _, experts_TK = ops.moe_block(x_TD, y_TD, norm, moe, norm)
+        assert (experts_TK[7:] == 4).all() == padded
+        assert (experts_TK[:7] < 4).all()
+        exact_TD = reference.moe_block(x_TD, y_TD, norm, moe, norm)[0]
+        torch.testing.assert_close(out_TD[:7], exact_TD[:7], atol=1e-5, rtol=0)
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # the mean of no tokens
