@@ -50,22 +50,30 @@ def exact_linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, gelu: b
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kernel", list(TILES))
 @pytest.mark.parametrize(
-    ("rows", "inner", "outer"),
-    # widths that no block divides among them
-    [(1, 96, 96), (16, 64, 192), (17, 96, 80), (37, 80, 48), (37, 768, 64), (0, 96, 96)],
-    ids=str,
+    ("rows", "inner", "outer", "bias", "gelu"),
+    [
+        (17, 96, 80, True, True),
+        (17, 96, 80, True, False),
+        (17, 96, 80, False, True),
+        (1, 96, 96, True, True),
+        # widths that no block divides
+        (37, 80, 48, True, True),
+        (0, 96, 96, True, True),
+    ],
 )
-def test_linear(rows: int, inner: int, outer: int, kernel: str, dtype: torch.dtype) -> None:
+def test_linear(
+    rows: int, inner: int, outer: int, bias: bool, gelu: bool, kernel: str, dtype: torch.dtype
+) -> None:
     if kernel in ("tma", "specialized") and inner % 32:
         pytest.skip("this kernel takes widths that its blocks divide")
     x_TI, weight_OI, bias_O = draw(rows, inner, outer, dtype)
-    for bias, gelu in ((bias_O, True), (bias_O, False), (None, True)):
-        out_TO = fused.linear(x_TI, weight_OI, bias, gelu=gelu, tile=TILES[kernel])
-        assert out_TO.dtype == dtype
-        assert out_TO.shape == (rows, outer)
-        if rows:
-            exact_TO = exact_linear(x_TI, weight_OI, bias, gelu)
-            assert (out_TO - exact_TO).abs().max() / exact_TO.abs().max() < BOUNDS[dtype]
+    given = x_TI, weight_OI, bias_O if bias else None
+    out_TO = fused.linear(*given, gelu=gelu, tile=TILES[kernel])
+    assert out_TO.dtype == dtype
+    assert out_TO.shape == (rows, outer)
+    if rows:
+        exact_TO = exact_linear(*given, gelu)
+        assert (out_TO - exact_TO).abs().max() / exact_TO.abs().max() < BOUNDS[dtype]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

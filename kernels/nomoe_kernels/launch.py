@@ -249,11 +249,11 @@ def pool(hidden_TD: Tensor, bounds: Tensor, out_BD: Tensor, pooling: Pooling) ->
     """One program a text: its whole row is needed for the norm."""
     if len(out_BD):
         with on(hidden_TD):
-            # 32 rows of 768 fill the registers of 16 warps by half: as many loads in flight as go
+            # many loads in flight; more warps would get too few registers each, and spill
             packed.pool_kernel[(len(out_BD),)](
                 hidden_TD, bounds, out_BD, pooling.dim, D=hidden_TD.shape[1],
                 NORMALIZE_BEFORE=pooling.normalize_before, NORMALIZE_AFTER=pooling.normalize_after,
-                BLOCK_T=32, PIECE=piece(hidden_TD), num_warps=16,
+                BLOCK_T=32, PIECE=piece(hidden_TD), num_warps=8,
             )  # fmt: skip
 
 
