@@ -406,7 +406,7 @@ class Engine:
                 return None
             if key in self._refused:
                 return None
-            layout = self._room_of(key.bucket)
+            layout = self._layout_in(key.bucket)
             try:
                 with self._recorder.turn():
                     buffers = self._room()
@@ -459,7 +459,7 @@ class Engine:
         """Room for a batch of texts of these lengths and nothing else."""
         return Layout.of(lengths, self._tile(sum(lengths), max(lengths, default=1)))
 
-    def _room_of(self, bucket: Bucket) -> Layout:
+    def _layout_in(self, bucket: Bucket) -> Layout:
         # texts of a batch are alike, so the mean says how long the longest is
         tile = self._tile(bucket.tokens, -(-bucket.tokens // bucket.texts))
         return Layout.room(*bucket, tile)
@@ -474,7 +474,7 @@ class Engine:
         if self._buffers is None:
             model = self.model
             largest = max(
-                self._room_of(Bucket(tokens, texts)).size
+                self._layout_in(Bucket(tokens, texts)).size
                 for tokens in BUCKET_TOKENS
                 for texts in BUCKET_TEXTS
             )
