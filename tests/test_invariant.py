@@ -90,7 +90,7 @@ def test_batch_mates_order_and_size_change_no_bit(dtype: torch.dtype, forms: set
     alone = [embed(model, [text]) for text in texts]
     of_one = set(forms)
     generator = random.Random(0)
-    for size in (6, 2, 3, 4) if dtype == torch.float32 else (4, 2):
+    for size in (6, 2, 3) if dtype == torch.float32 else (4,):
         chosen = generator.sample(range(len(texts)), size)
         forms.clear()
         together = embed(model, [texts[place] for place in chosen])
