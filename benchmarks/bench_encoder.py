@@ -13,14 +13,14 @@ as dated JSON and Markdown.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from functools import partial
 from itertools import chain
-from pathlib import Path
 
 import harness
 import peers
+import report
+import script
 import torch
 import workload
 from harness import Case, Contender, Deviation
@@ -75,22 +75,11 @@ def build_case(
 def main(arguments: list[str] | None = None) -> int:
     """Run the benchmark; return the exit status."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    parser = argparse.ArgumentParser(description="Time a forward of the encoder against its peers.")
-    parser.add_argument("--smoke", action="store_true", help="a toy model, in seconds")
+    parser = script.parser("Time a forward of the encoder against its peers.", repeats=10)
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
-    parser.add_argument("--device", help="cpu, cuda, ...; by default a GPU where there is one")
-    parser.add_argument("--repeats", type=int, default=10, help="timed calls of each contender")
-    parser.add_argument("--threads", type=int, help="CPU threads; by default torch's own choice")
-    parser.add_argument("--output", type=Path, default=harness.RESULTS, help="folder for results")
-    args = parser.parse_args(arguments)
-    for name in ("repeats", "threads"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            parser.error(f"--{name} is {value}, expected at least 1")
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
+    args = script.parse(parser, arguments)
     device = resolve_device(args.device)
-    machine = harness.machine_line(device)
+    machine = report.machine_line(device)
 
     folder = data.TINY if args.smoke else data.FULL_WIDTH
     config = NomicMoEConfig.from_json(folder / "config.json")
@@ -123,13 +112,12 @@ def main(arguments: list[str] | None = None) -> int:
                 for case in cases
             ]
     except harness.DisagreementError as error:
-        print(f"no speed is reported, since outputs disagree: {error}", file=sys.stderr)
-        return 1
+        return script.refuse(error)
 
-    record = harness.make_record(
+    record = report.make_record(
         "bench_encoder",
         results,
-        command=harness.command_line(arguments),
+        command=report.command_line(arguments),
         machine=machine,
         settings={
             "dtype": args.dtype,
@@ -142,11 +130,7 @@ def main(arguments: list[str] | None = None) -> int:
         },
         not_run=not_run,
     )
-    stem = f"bench_encoder-{device.type}-{args.dtype}" + ("-smoke" if args.smoke else "")
-    print(harness.render(record))
-    for path in harness.write_results(record, args.output, stem):
-        print(f"wrote {path}", file=sys.stderr)
-    return 0
+    return script.finish(record, args, f"bench_encoder-{device.type}-{args.dtype}")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import harness, peers, workload
+from benchmarks import harness, peers, report, workload
 from benchmarks.harness import Case, Contender, Deviation, DisagreementError
 from nomoe import NomicMoEConfig, NomicMoEModel, data
 from nomoe.synthetic import random_model
@@ -222,7 +222,7 @@ def test_derived_figures():
     )
     slow = harness.Result(Contender("slow", torch.ones, 10**9, None), None, [0.06] * 5)
     case = Case("some", 300, [fast.contender, slow.contender], torch.ones(1), "slow")
-    record = harness.make_record(
+    record = report.make_record(
         "bench",
         [(case, [fast, slow])],
         command="python it",
@@ -238,11 +238,11 @@ def test_derived_figures():
     assert first["deviation"] == {"cosine_distance": 1e-12, "max_abs": 1e-6}
     assert "deviation" not in second
 
-    [row] = [line for line in harness.render(record).splitlines() if line.startswith("| fast")]
+    [row] = [line for line in report.render(record).splitlines() if line.startswith("| fast")]
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     # no bytes are counted; the other one, without a bound, is the ceiling
     assert cells == ["fast", "10,000", "30.0", "18.0", "42.0", "0.2", "", "2.00", "200%", "1.0e-12"]
-    assert "Not run: other: not installed." in harness.render(record)
+    assert "Not run: other: not installed." in report.render(record)
 
 
 def test_share_of_the_slowest_ceiling():
@@ -253,12 +253,12 @@ def test_share_of_the_slowest_ceiling():
         harness.Result(contender, None, [seconds])
         for contender, seconds in zip(case.contenders, (4.0, 1.0, 3.0), strict=True)
     ]
-    record = harness.make_record(
+    record = report.make_record(
         "it", [(case, results)], command="", machine="", settings={}, not_run={}
     )
     first = record["cases"][0]["contenders"][0]
     assert (first["gb_per_s"], first["of_ceiling"]) == (2.0, 0.75)
-    [row] = [line for line in harness.render(record).splitlines() if line.startswith("| one")]
+    [row] = [line for line in report.render(record).splitlines() if line.startswith("| one")]
     assert [cell.strip() for cell in row.strip("|").split("|")][-4:] == ["2", "1.00", "75%", ""]
 
 
@@ -478,10 +478,10 @@ def test_smoke_run_of_a_layer(tmp_path):
 
 
 def test_results_are_never_replaced(tmp_path):
-    record = harness.make_record("b", [], command="c", machine="m", settings={}, not_run={})
-    first = harness.write_results(record, tmp_path / "new", "b-cpu")
+    record = report.make_record("b", [], command="c", machine="m", settings={}, not_run={})
+    first = report.write_results(record, tmp_path / "new", "b-cpu", "text")
     before = [path.read_bytes() for path in first]
-    second = harness.write_results(record, tmp_path / "new", "b-cpu")
+    second = report.write_results(record, tmp_path / "new", "b-cpu", "text")
     date = record["date"]
     assert [path.name for path in first] == [f"{date}-b-cpu.json", f"{date}-b-cpu.md"]
     assert [path.name for path in second] == [f"{date}-b-cpu-2.json", f"{date}-b-cpu-2.md"]
@@ -490,7 +490,7 @@ def test_results_are_never_replaced(tmp_path):
 
 def test_the_command_line_names_the_script_from_the_root(monkeypatch):
     monkeypatch.setattr(sys, "argv", [str(ROOT / "benchmarks" / "bench_encoder.py"), "--smoke"])
-    found = harness.command_line(["--output", "two words"])
+    found = report.command_line(["--output", "two words"])
     assert found == "python benchmarks/bench_encoder.py --output 'two words'"
 
 
