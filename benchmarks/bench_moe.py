@@ -17,7 +17,6 @@ bfloat16 alone, which is why that is the default dtype here.
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import sys
 from collections.abc import Callable
@@ -29,7 +28,7 @@ import report
 import script
 import torch
 import torch.nn.functional as F
-from harness import Case, Contender, Deviation, Result
+from harness import Case, Contender, Deviation
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -483,7 +482,7 @@ def main(arguments: list[str] | None = None) -> int:
                     case = build_case(work, layers, args.dtype, device)
                     measured = harness.measure(case, repeats=args.repeats, device=device)
                     # the runs hold graphs and their memory; the record needs names and figures
-                    results.append(forget_runs(case, measured))
+                    results.append(harness.forget_runs(case, measured))
                     del case, measured
         except harness.DisagreementError as error:
             return script.refuse(error)
@@ -514,19 +513,6 @@ def triton_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
     except RuntimeError as error:
         return str(error)
     return None
-
-
-def forget_runs(case: Case, results: list[Result]) -> tuple[Case, list[Result]]:
-    """The same without what the runs hold on to."""
-
-    def nothing() -> Tensor:
-        raise AssertionError("a run that was forgotten")
-
-    idle = {one.name: dataclasses.replace(one, run=nothing) for one in case.contenders}
-    kept = [result._replace(contender=idle[result.contender.name]) for result in results]
-    return dataclasses.replace(
-        case, contenders=list(idle.values()), expected_BD=torch.empty(0)
-    ), kept
 
 
 if __name__ == "__main__":

@@ -6,9 +6,9 @@ leaves `measure` unless every output of every contender agreed with the expected
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -38,7 +38,7 @@ class Deviation(NamedTuple):
     max_abs: float
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Contender:
     """One way to do a case's work."""
 
@@ -54,7 +54,7 @@ class Contender:
     ceiling: str | None = None
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Case:
     """Work that several contenders do.
 
@@ -227,6 +227,19 @@ def measure(
         Result(contender, deviations.get(name), seconds[name])
         for name, contender in contenders.items()
     ]
+
+
+def forget_runs(case: Case, results: list[Result]) -> tuple[Case, list[Result]]:
+    """The same without what the runs hold on to, models and graphs say."""
+
+    def nothing() -> Tensor:
+        raise AssertionError("a run that was forgotten")
+
+    idle = {one.name: dataclasses.replace(one, run=nothing) for one in case.contenders}
+    kept = [result._replace(contender=idle[result.contender.name]) for result in results]
+    return dataclasses.replace(
+        case, contenders=list(idle.values()), expected_BD=torch.empty(0)
+    ), kept
 
 
 def forward_flop(config: NomicMoEConfig, lengths: Sequence[int]) -> int:
