@@ -14,6 +14,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -612,6 +613,121 @@ def test_smoke_run_of_a_layer(tmp_path):
         assert torch_loop["flop"] == 6 * 9 * 2 * 2 * 2 * width * ffn_width
         slowest = max(products["median_ms"], copy["median_ms"])
         assert stock["of_ceiling"] == pytest.approx(slowest / stock["median_ms"])
+
+
+def test_smoke_run_of_scaling(bench_encoder, tmp_path):
+    bench_scaling = importlib.import_module("bench_scaling")
+    command = ["--smoke", "--device=cpu", "--repeats=1", "--threads=1", f"--output={tmp_path}"]
+    assert bench_scaling.main(command) == 0
+    record = json.loads(next(tmp_path.glob("*-bench_scaling-cpu-float32-smoke.json")).read_text())
+    grown = {
+        sweep: [case["x"] for case in record["cases"] if case["sweep"] == sweep]
+        for sweep in bench_scaling.SWEEPS
+    }
+    assert grown["length"] == [16, 32, 64]
+    assert grown["batch"] == [128]
+    assert grown["experts"] == [2, 4, 8, 16, 32, 64]
+    # of eight experts, two to a token: from nearly even to as uneven as it can be
+    shares = grown["routing"]
+    assert shares == sorted(shares)
+    assert 1 / 8 <= shares[0] < 0.25
+    assert shares[-1] == pytest.approx(0.5)
+    for case in record["cases"]:
+        names = [row["name"] for row in case["contenders"]]
+        assert names[:3] == ["nomoe (torch)", "padded loop", "stock torch"]
+
+
+# --- pictures ---
+
+
+@pytest.fixture
+def pictures(monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    return importlib.import_module("pictures")
+
+
+def rows(**milliseconds):
+    made = [
+        {
+            "name": name.replace("_", " "),
+            "tokens_per_s": 1e6 / median,
+            "median_ms": median,
+            "p20_ms": 0.9 * median,
+            "p80_ms": 1.1 * median,
+            "tflop_per_s": 1 / median,
+            "flop": 10**9,
+            "gb_per_s": 10.0,
+            "deviation": {"cosine_distance": 0.0, "max_abs": 0.0},
+        }
+        for name, median in milliseconds.items()
+    ]
+    return [*made, {**made[0], "name": "ceiling"} | {"tflop_per_s": 9.0, "gb_per_s": 99.0}]
+
+
+def result(benchmark, *cases):
+    for case in cases:
+        del case["contenders"][-1]["deviation"]
+    return {"benchmark": benchmark, "date": "2026-01-02", "machine": "one < two", "cases": cases}
+
+
+@pytest.mark.parametrize(
+    ("record", "names", "words"),
+    [
+        (
+            result(
+                "bench_encoder",
+                {"title": "8 texts (9 tokens, 10 when padded), from ids", "tokens": 9,
+                 "contenders": rows(peer=8.0, nomoe=4.0)},
+                {"title": "1 query (9 tokens, 10 when padded), from ids", "tokens": 9,
+                 "contenders": rows(peer=2.5, nomoe=1.25)},
+            ),
+            ["latency-from-ids", "speed-from-ids"],
+            [("250,000", "125,000", "8 texts"), ("1.25 ms", "2.5 ms", "1 query")],
+        ),
+        (
+            result("bench_scaling", *(
+                {"title": "x", "sweep": sweep, "x": x, "tokens": 9, "contenders": rows(nomoe=x)}
+                for sweep in ("length", "experts") for x in (16, 32)
+            )),
+            ["experts", "length"],
+            [("tokens of each text, as many in all", "16", "32"), ("experts",)],
+        ),
+        (
+            result("bench_moe", {"title": "x", "tokens": 9, "contenders": rows(up=3.0, down=4.0)}),
+            ["roofline"],
+            [("9 TFLOP/s, 99 GB/s", "up", "down")],
+        ),
+    ],
+    ids=["encoder", "scaling", "moe"],
+)  # fmt: skip
+def test_pictures(pictures, record, names, words, tmp_path):
+    path = tmp_path / "2026-01-02-it.json"
+    path.write_text(json.dumps(record))
+    assert pictures.main([str(path), f"--output={tmp_path / 'drawn'}"]) == 0
+    written = sorted(one.name for one in (tmp_path / "drawn").iterdir())
+    assert written == sorted(
+        f"it-{name}-{theme}.svg" for name in names for theme in ("dark", "light")
+    )
+    texts = {}
+    for name in written:
+        tree = ElementTree.parse(tmp_path / "drawn" / name)
+        texts[name] = " ".join("".join(one.itertext()) for one in tree.iter() if "text" in one.tag)
+        assert "2026-01-02. one < two." in texts[name]
+    for group in words:
+        assert any(all(word in text for word in group) for text in texts.values()), group
+    dark, light = ((tmp_path / "drawn" / name).read_text() for name in written[:2])
+    assert "#e6edf3" in dark
+    assert "#e6edf3" not in light
+
+
+def test_what_is_no_result_is_refused(pictures, tmp_path, capsys):
+    path = tmp_path / "other.json"
+    for content in ("[]", "{}", "no"):
+        path.write_text(content)
+        with pytest.raises(SystemExit):
+            pictures.main([str(path)])
+        assert "other.json" in capsys.readouterr().err
 
 
 def test_results_are_never_replaced(tmp_path):
