@@ -4,9 +4,10 @@
     python benchmarks/pictures.py RESULT.json ... --output docs/pictures
 
 Each result gives the pictures that its benchmark can: of bench_encoder and bench_cpu the speed of
-every contender by input, and how long one query takes; of bench_scaling a curve for each sweep; of
-bench_moe and bench_kernels a roofline. Every picture is written twice, NAME-light.svg and
-NAME-dark.svg, with machine and date below it. Needs matplotlib (`pip install nomoe[plot]`).
+every contender by input, and how long one text takes; of bench_scaling a curve for each sweep; of
+bench_moe and bench_kernels a roofline; of expert_use a map of languages and experts. Every picture
+is written twice, NAME-light.svg and NAME-dark.svg, with machine and date below it. Needs matplotlib
+(`pip install nomoe[plot]`).
 """
 
 from __future__ import annotations
@@ -102,6 +103,8 @@ def pictures(record: Record) -> Iterator[Picture]:
         ]
         if rows:
             yield roofline(cases)
+    elif record["benchmark"] == "expert_use":
+        yield languages(record)
 
 
 def kind_of(case: Record) -> str:
@@ -255,6 +258,29 @@ def roofline(cases: list[Record]) -> Picture:
         legend(axes)
 
     return Picture("roofline", "Kernels and what the machine allows", draw, (7.2, 5.0))
+
+
+def languages(record: Record) -> Picture:
+    """Languages down, layers and in each its experts across; darker or brighter has more rows."""
+    names, layers = list(record["shares"]), record["layers"]
+    shares = [[share for row in record["shares"][name] for share in row] for name in names]
+    experts = len(shares[0]) // len(layers)
+
+    def draw(axes: Axes) -> None:
+        image = axes.imshow(shares, cmap="viridis", vmin=0, aspect="auto")
+        axes.grid(visible=False)
+        axes.set_yticks(range(len(names)), names, fontsize=8)
+        middles = [(experts - 1) / 2 + experts * place for place in range(len(layers))]
+        axes.set_xticks(middles, [f"layer {layer}" for layer in layers])
+        for place in range(1, len(layers)):
+            axes.axvline(experts * place - 0.5, color="white", linewidth=1.5)
+        axes.set_xlabel(f"{experts} experts of each MoE layer; weights: {record['weights']}")
+        assert axes.figure is not None
+        bar = axes.figure.colorbar(image, ax=axes)
+        bar.set_label(f"share of the layer's rows (even: {1 / experts:.1%})")
+
+    size = (7.2, 1.6 + 0.2 * len(names))
+    return Picture("languages", "Expert use by language and layer", draw, size)
 
 
 def colour(index: int) -> str:

@@ -14,13 +14,17 @@ from harness import DisagreementError
 
 
 def parser(
-    description: str, *, repeats: int, smoke: str = "a toy model, in seconds", device: bool = True
+    description: str,
+    *,
+    repeats: int | None,
+    smoke: str = "a toy model, in seconds",
+    device: bool = True,
 ) -> argparse.ArgumentParser:
     """Make a parser with the options that scripts have in common.
 
     Args:
         description: What the script does.
-        repeats: Timed calls of each contender, by default.
+        repeats: Timed calls of each contender, by default; None where nothing is timed.
         smoke: What --smoke does.
         device: Offer --device.
     """
@@ -28,7 +32,10 @@ def parser(
     made.add_argument("--smoke", action="store_true", help=smoke)
     if device:
         made.add_argument("--device", help="cpu, cuda, ...; by default a GPU where there is one")
-    made.add_argument("--repeats", type=int, default=repeats, help="timed calls of each contender")
+    if repeats is not None:
+        made.add_argument(
+            "--repeats", type=int, default=repeats, help="timed calls of each contender"
+        )
     made.add_argument("--threads", type=int, help="CPU threads; by default torch's own choice")
     made.add_argument("--output", type=Path, default=report.RESULTS, help="folder for results")
     return made
@@ -46,7 +53,7 @@ def parse(
     """
     args = made.parse_args(arguments)
     for name in ("repeats", "threads", *counts):
-        value = getattr(args, name)
+        value = getattr(args, name, None)
         least = min(value) if isinstance(value, list) else value
         if least is not None and least < 1:
             made.error(f"--{name.replace('_', '-')} is {least}, expected at least 1")

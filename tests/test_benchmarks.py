@@ -721,6 +721,21 @@ def test_pictures(pictures, record, names, words, tmp_path):
     assert "#e6edf3" not in light
 
 
+def test_expert_use_and_its_picture(pictures, tiny_folder, encoder, tmp_path):
+    expert_use = importlib.import_module("expert_use")
+    assert expert_use.main([f"--model={tiny_folder}", "--device=cpu", f"--output={tmp_path}"]) == 0
+    [path] = tmp_path.glob("*-expert_use.json")
+    record = json.loads(path.read_text())
+    assert list(record["shares"]) == list(data.sentences())
+    texts = data.sentences()["Thai"]
+    counts = sum(encoder.route(texts, prompt_name=one).counts for one in ("query", "document"))
+    assert record["shares"]["Thai"] == (counts / counts.sum(axis=1, keepdims=True)).tolist()
+    assert pictures.main([str(path), f"--output={tmp_path}"]) == 0
+    drawn = (tmp_path / "expert_use-languages-dark.svg").read_text()
+    for word in ("Thai", "layer 11", "even: 12.5%"):
+        assert word in drawn
+
+
 def test_what_is_no_result_is_refused(pictures, tmp_path, capsys):
     path = tmp_path / "other.json"
     for content in ("[]", "{}", "no"):
