@@ -34,6 +34,8 @@ import harness
 import llama
 import numpy as np
 import peers
+import report
+import script
 import torch
 import workload
 from harness import Case, Contender, Deviation
@@ -237,9 +239,10 @@ def report_memory(folder: Path, matrices: str) -> None:
     )
 
 
-def measure_memory(size: str, output: Path, command: str, machine: str) -> int:
+def measure_memory(args: argparse.Namespace, command: str, machine: str) -> int:
     """Write a checkpoint, run `report_memory` for each type, and write the results."""
     with tempfile.TemporaryDirectory() as temporary:
+        size: synthetic.Size = "tiny" if args.smoke else "full"
         folder = synthetic.write_checkpoint(Path(temporary) / size, size)
         config = NomicMoEConfig.from_json(folder / "config.json")
         types = list(NOMOE_TYPES)
@@ -276,49 +279,34 @@ def measure_memory(size: str, output: Path, command: str, machine: str) -> int:
         name, *figures = row.values()
         cells.append([name, *(f"{one:,.0f}" if one >= 10 else f"{one:.2f}" for one in figures)])
     lines = [
-        *harness.heading(record),
+        *report.heading(record),
         "Memory is anonymous, beyond the process's own before loading: mapped files do not count. "
         "The files are in the page cache. The peak is over a query, 512 tokens, and batches of "
         "1,024 and some 2,200 tokens.",
         *(f"Not run: {name}: {reason}." for name, reason in not_run.items()),
         "",
-        *harness.table(cells),
+        *report.table(cells),
     ]
-    text = "\n".join(lines) + "\n"
-    print(text)
-    stem = "bench_cpu-memory" + ("" if size == "full" else "-smoke")
-    for path in harness.write_results(record, output, stem, text):
-        print(f"wrote {path}", file=sys.stderr)
-    return 0
+    return script.finish(record, args, "bench_cpu-memory", "\n".join(lines) + "\n")
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the benchmark; return the exit status."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    parser = argparse.ArgumentParser(description="Time the encoder on a CPU against its peers.")
-    parser.add_argument("--smoke", action="store_true", help="a toy model, in seconds")
+    parser = script.parser("Time the encoder on a CPU against its peers.", repeats=7, device=False)
     parser.add_argument("--long", action="store_true", help="512 texts too, once each")
     parser.add_argument("--memory", action="store_true", help="time to load and memory instead")
-    parser.add_argument("--repeats", type=int, default=7, help="timed calls of each contender")
-    parser.add_argument("--threads", type=int, help="CPU threads; by default torch's own choice")
-    parser.add_argument("--output", type=Path, default=harness.RESULTS, help="folder for results")
     parser.add_argument("--report-memory", nargs=2, help=argparse.SUPPRESS)
-    args = parser.parse_args(arguments)
-    for name in ("repeats", "threads"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            parser.error(f"--{name} is {value}, expected at least 1")
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
+    args = script.parse(parser, arguments)
     if not cpu.supports(torch.float32):
         parser.error("this torch has no oneDNN, which nomoe's products on a CPU run in")
     if args.report_memory:
         report_memory(Path(args.report_memory[0]), args.report_memory[1])
         return 0
     device = torch.device("cpu")
-    machine, command = harness.machine_line(device), harness.command_line(arguments)
+    machine, command = report.machine_line(device), report.command_line(arguments)
     if args.memory:
-        return measure_memory("tiny" if args.smoke else "full", args.output, command, machine)
+        return measure_memory(args, command, machine)
 
     config = NomicMoEConfig.from_json(
         (data.TINY if args.smoke else data.FULL_WIDTH) / "config.json"
@@ -373,9 +361,8 @@ def main(arguments: list[str] | None = None) -> int:
                         )
                     )
         except harness.DisagreementError as error:
-            print(f"no speed is reported, since outputs disagree: {error}", file=sys.stderr)
-            return 1
-    record = harness.make_record(
+            return script.refuse(error)
+    record = report.make_record(
         "bench_cpu",
         results,
         command=command,
@@ -389,11 +376,7 @@ def main(arguments: list[str] | None = None) -> int:
         },
         not_run=not_run,
     )
-    print(harness.render(record))
-    stem = "bench_cpu" + ("-smoke" if args.smoke else "")
-    for path in harness.write_results(record, args.output, stem):
-        print(f"wrote {path}", file=sys.stderr)
-    return 0
+    return script.finish(record, args, "bench_cpu")
 
 
 if __name__ == "__main__":

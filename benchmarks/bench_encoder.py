@@ -1,35 +1,54 @@
-"""Time a forward of the encoder against the other ways to run the same model.
+"""Time the encoder against the other ways to run the same checkpoint.
 
     python benchmarks/bench_encoder.py                      float32; on a GPU where there is one
-    python benchmarks/bench_encoder.py --dtype bfloat16 --device cpu --repeats 5
+    python benchmarks/bench_encoder.py --dtype bfloat16 --device cuda
+    python benchmarks/bench_encoder.py --model FOLDER       a checkpoint of your own
     python benchmarks/bench_encoder.py --threads 1          fairer where others use the machine
     python benchmarks/bench_encoder.py --smoke              a toy model, in seconds
 
-Weights are random, at the real model's sizes but for the vocabulary, which costs no time, and route
-as the real ones do; see workload.py. Each output has to agree with that of the looping form in
-float32, one text at a time; otherwise the run ends with no speed. Results go to benchmarks/results/
-as dated JSON and Markdown.
+Inputs are one query, queries of 8 to 30 tokens, passages of 60 to 250, documents of 512, and a
+mixture, of words of twenty languages. Each is run twice: from token ids, where a contender takes
+those, and from strings, where tokenising counts. Contenders that are not installed are named in the
+report, with the reason; text-embeddings-inference is asked where `--tei` says it serves the same
+checkpoint, and the published code runs where `--trust-remote-code` allows it.
+
+Without --model the checkpoint is random at the real sizes and routes as the real one does. Every
+vector has to agree with that of the looping form in float32, one text at a time; otherwise the run
+ends with no speed. Results go to benchmarks/results/ as dated JSON and Markdown.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
+from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import chain
 from pathlib import Path
 
 import harness
 import peers
+import report
+import script
+import stock
+import text_peers
 import torch
+import torch.nn.functional as F
 import workload
 from harness import Case, Contender, Deviation
+from text_peers import EmbedTexts
+from torch import Tensor
 from tqdm.auto import tqdm
 
-from nomoe import NomicMoEConfig, NomicMoEModel, data
+from nomoe import NomicMoEModel, synthetic
+from nomoe.checkpoint import TOKENIZER_FILE, load_tensors, locate
 from nomoe.model import DTYPES, resolve_device
+from nomoe.tokenizer import Tokenizer
 
 SEED = 0
+MOST_TOKENS = 512
+# times the inputs of `workload.Writer.inputs`
+SCALES = {"cpu": 1, "cuda": 64}
 # of pooled vectors, whose numbers reach 3. In 16 bits twice what was seen of either contender, and
 # DRIFT beside it; router weights divided by their sum are off by 0.2
 BOUNDS = {
@@ -40,81 +59,119 @@ BOUNDS = {
 # in 16 bits a token near a tie is sent to other experts, which moves its text: one text of a case
 # may be this far off
 DRIFT = {"float32": 0.0, "float16": 0.1, "bfloat16": 0.1}
+# numbers of unit vectors are some 27 times smaller
+UNIT = 1 / 20
 
 
-def build_case(
+def build_cases(
     title: str,
-    texts: list[list[int]],
-    contenders: list[peers.Peer],
+    texts: list[str],
+    ids: list[list[int]],
+    from_ids: Sequence[peers.Peer],
+    from_strings: dict[str, EmbedTexts],
     packed: peers.Packed,
     oracle: peers.Peer,
     dtype: str,
-) -> Case:
-    """Make a case of the contenders and the ceiling."""
+) -> list[Case]:
+    """Make the case that begins with ids, and the one that begins with strings."""
     config, tensors = packed.model.config, packed.model.state_dict()
-    lengths = [len(ids) for ids in texts]
+    lengths = [len(one) for one in ids]
     tokens, padded = sum(lengths), max(lengths) * len(lengths)
     flop = harness.forward_flop(config, lengths)
     most = BOUNDS[dtype]
     bound = most._replace(cosine_distance=most.cosine_distance + DRIFT[dtype] / len(texts))
     ceiling = Contender(
         "ceiling: projections alone",
-        harness.linear_ceiling(config, tensors, packed.routed_rows(texts)),
+        harness.linear_ceiling(config, tensors, packed.routed_rows(ids)),
         harness.projection_flop(config, tokens),
         bound=None,
     )
-    return Case(
-        f"{title} ({tokens:,} in all, {padded:,} when padded)",
-        tokens,
-        [*(Contender(one.name, partial(one, texts), flop, bound) for one in contenders), ceiling],
-        torch.cat([oracle([ids]) for ids in texts]),
-        baseline=peers.PaddedLoop.name,
-    )
+
+    def contender(name: str, run: Callable[[], Tensor], scale: float) -> Contender:
+        return Contender(name, run, flop, bound._replace(max_abs=scale * bound.max_abs))
+
+    expected_BD = torch.cat([oracle([one]) for one in ids])
+    title = f"{title} ({tokens:,} tokens, {padded:,} when padded)"
+    forwards = [contender(one.name, partial(one, ids), 1.0) for one in from_ids]
+    wholes = [contender(name, partial(embed, texts), UNIT) for name, embed in from_strings.items()]
+    return [
+        Case(
+            f"{title}, from ids", tokens, [*forwards, ceiling], expected_BD,
+            baseline=peers.PaddedLoop.name,
+        ),
+        Case(
+            f"{title}, from strings", tokens, [*wholes, ceiling], F.normalize(expected_BD, dim=1),
+            baseline=text_peers.NOMOE.name,
+        ),
+    ]  # fmt: skip
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the benchmark; return the exit status."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    parser = argparse.ArgumentParser(description="Time a forward of the encoder against its peers.")
-    parser.add_argument("--smoke", action="store_true", help="a toy model, in seconds")
+    parser = script.parser("Time the encoder against its peers.", repeats=10)
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
-    parser.add_argument("--device", help="cpu, cuda, ...; by default a GPU where there is one")
-    parser.add_argument("--repeats", type=int, default=10, help="timed calls of each contender")
-    parser.add_argument("--threads", type=int, help="CPU threads; by default torch's own choice")
-    parser.add_argument("--output", type=Path, default=harness.RESULTS, help="folder for results")
-    args = parser.parse_args(arguments)
-    for name in ("repeats", "threads"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            parser.error(f"--{name} is {value}, expected at least 1")
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
+    parser.add_argument("--model", help="a folder or repository; by default random weights")
+    parser.add_argument("--scale", type=int, help="times the texts; by default 1, on a GPU 64")
+    parser.add_argument("--tei", help="address of text-embeddings-inference, http://host:port")
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="time the code the checkpoint names too"
+    )
+    args = script.parse(parser, arguments, counts=["scale"])
     device = resolve_device(args.device)
-    machine = harness.machine_line(device)
+    machine = report.machine_line(device)
+    scale = args.scale or (1 if args.smoke else SCALES.get(device.type, 1))
 
-    folder = data.TINY if args.smoke else data.FULL_WIDTH
-    config = NomicMoEConfig.from_json(folder / "config.json")
-    print("drawing random weights ...", file=sys.stderr)
-    inputs = workload.draw_texts(config, SEED)
-    exact = workload.draw_model(config, list(chain.from_iterable(inputs.values())), SEED)
-    oracle = peers.PaddedLoop(config, exact.state_dict())
-    with torch.device("meta"):
-        model = NomicMoEModel(config, device=device)
-    # the oracle's own tensors where they are as asked for
-    state = {name: one.to(device, DTYPES[args.dtype]) for name, one in exact.state_dict().items()}
-    model.load_state_dict(state, assign=True)
-    model.eval()
+    with tempfile.TemporaryDirectory() as temporary:
+        if args.model is not None:
+            folder = locate(args.model)
+        else:
+            print("drawing random weights ...", file=sys.stderr)
+            size: synthetic.Size = "tiny" if args.smoke else "full"
+            folder = synthetic.write_checkpoint(Path(temporary) / size, size, SEED)
+        return compare(args, arguments, folder, device, machine, scale)
+
+
+def compare(
+    args: argparse.Namespace,
+    arguments: Sequence[str],
+    folder: Path,
+    device: torch.device,
+    machine: str,
+    scale: int,
+) -> int:
+    """Time every contender on a checkpoint; return the exit status."""
+    dtype = DTYPES[args.dtype]
+    setting = text_peers.Setting(folder, args.dtype, device, args.tei, args.trust_remote_code)
+    not_run = {one.name: reason for one in text_peers.PEERS if (reason := one.obstacle(setting))}
+    model = NomicMoEModel.from_pretrained(folder, device=device, dtype=dtype)
+    config = model.config
+    shapes = {name: tuple(one.shape) for name, one in model.state_dict().items()}
+    tensors = load_tensors(folder, shapes, dtype=dtype, device=device)
+    exact = load_tensors(folder, shapes, dtype=torch.float32, device=device)
 
     packed = peers.Packed(model)
-    everyone: list[peers.Peer] = [packed, peers.PaddedLoop(config, model.state_dict())]
-    not_run = {peer.name: reason for peer in everyone if (reason := peer.available())}
-    contenders = [peer for peer in everyone if peer.name not in not_run]
+    everyone: list[peers.Peer] = [
+        packed, peers.PaddedLoop(config, tensors), stock.Stock(config, tensors)
+    ]  # fmt: skip
+    not_run |= {peer.name: reason for peer in everyone if (reason := peer.available())}
+    from_ids = [peer for peer in everyone if peer.name not in not_run]
+    from_strings = {
+        one.name: one.load(setting) for one in text_peers.PEERS if one.name not in not_run
+    }
 
     print("computing what to expect ...", file=sys.stderr)
+    tokenizer = Tokenizer(folder / TOKENIZER_FILE, config.embedding_rows)
+    oracle = peers.PaddedLoop(config, exact)
+    inputs = workload.Writer(tokenizer, SEED).inputs(scale)
     cases = [
-        build_case(title, texts, contenders, packed, oracle, args.dtype)
-        for title, texts in inputs.items()
-    ]
+        case
+        for title, texts in tqdm(inputs.items(), disable=None)
+        for case in build_cases(
+            title, texts, tokenizer(texts, MOST_TOKENS).ids, from_ids, from_strings, packed,
+            oracle, args.dtype,
+        )
+    ]  # fmt: skip
     calls = (harness.WARM_UP + args.repeats) * sum(len(case.contenders) for case in cases)
     try:
         with tqdm(total=calls, unit=" calls", desc="timing", disable=None) as bar:
@@ -123,15 +180,15 @@ def main(arguments: list[str] | None = None) -> int:
                 for case in cases
             ]
     except harness.DisagreementError as error:
-        print(f"no speed is reported, since outputs disagree: {error}", file=sys.stderr)
-        return 1
+        return script.refuse(error)
 
-    record = harness.make_record(
+    record = report.make_record(
         "bench_encoder",
         results,
-        command=harness.command_line(arguments),
+        command=report.command_line(arguments),
         machine=machine,
         settings={
+            "weights": args.model or "random",
             "dtype": args.dtype,
             "device": str(device),
             "backend": model.backend.name,
@@ -142,11 +199,7 @@ def main(arguments: list[str] | None = None) -> int:
         },
         not_run=not_run,
     )
-    stem = f"bench_encoder-{device.type}-{args.dtype}" + ("-smoke" if args.smoke else "")
-    print(harness.render(record))
-    for path in harness.write_results(record, args.output, stem):
-        print(f"wrote {path}", file=sys.stderr)
-    return 0
+    return script.finish(record, args, f"bench_encoder-{device.type}-{args.dtype}")
 
 
 if __name__ == "__main__":

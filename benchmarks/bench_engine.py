@@ -12,17 +12,17 @@ of one text at a time; otherwise the run ends with no speed. Results go to bench
 
 from __future__ import annotations
 
-import argparse
 import random
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import harness
+import report
+import script
 import torch
 from harness import Case, Contender, Deviation
 from torch import Tensor
@@ -168,23 +168,14 @@ def peak_memory(runner: Engine, pooling: Pooling, tokens: int) -> str:
 def main(arguments: list[str] | None = None) -> int:
     """Run the benchmark; return the exit status."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    parser = argparse.ArgumentParser(description="Time the way from strings to vectors.")
-    parser.add_argument("--smoke", action="store_true", help="a toy model, in seconds")
+    parser = script.parser("Time the way from strings to vectors.", repeats=30)
     parser.add_argument("--dtype", choices=DTYPES, help="by default the device's own")
-    parser.add_argument("--device", help="cpu, cuda, ...; by default a GPU where there is one")
-    parser.add_argument("--repeats", type=int, default=30, help="timed calls of each contender")
     parser.add_argument("--corpus-repeats", type=int, default=3, help="timed passes of the corpus")
-    parser.add_argument("--output", type=Path, default=harness.RESULTS, help="folder for results")
-    args = parser.parse_args(arguments)
-    for name in ("repeats", "corpus_repeats"):
-        if getattr(args, name) < 1:
-            parser.error(
-                f"--{name.replace('_', '-')} is {getattr(args, name)}, expected at least 1"
-            )
+    args = script.parse(parser, arguments, counts=["corpus_repeats"])
     device = resolve_device(args.device)
     dtype = resolve_dtype(args.dtype, device)
     dtype_name = next(name for name, one in DTYPES.items() if one == dtype)
-    machine = harness.machine_line(device)
+    machine = report.machine_line(device)
 
     print("drawing random weights ...", file=sys.stderr)
     with tempfile.TemporaryDirectory() as folder:
@@ -227,13 +218,12 @@ def main(arguments: list[str] | None = None) -> int:
                 for one, times in zip(cases, repeats, strict=True)
             ]
     except harness.DisagreementError as error:
-        print(f"no speed is reported, since outputs disagree: {error}", file=sys.stderr)
-        return 1
+        return script.refuse(error)
 
-    record = harness.make_record(
+    record = report.make_record(
         "bench_engine",
         results,
-        command=harness.command_line(arguments),
+        command=report.command_line(arguments),
         machine=machine,
         settings={
             "dtype": dtype_name,
@@ -247,11 +237,7 @@ def main(arguments: list[str] | None = None) -> int:
         },
         not_run={},
     )
-    stem = f"bench_engine-{device.type}-{dtype_name}" + ("-smoke" if args.smoke else "")
-    print(harness.render(record))
-    for path in harness.write_results(record, args.output, stem):
-        print(f"wrote {path}", file=sys.stderr)
-    return 0
+    return script.finish(record, args, f"bench_engine-{device.type}-{dtype_name}")
 
 
 if __name__ == "__main__":

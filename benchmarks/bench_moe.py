@@ -17,19 +17,18 @@ bfloat16 alone, which is why that is the default dtype here.
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
 import itertools
 import sys
 from collections.abc import Callable
 from importlib.util import find_spec
-from pathlib import Path
 from typing import NamedTuple
 
 import harness
+import report
+import script
 import torch
 import torch.nn.functional as F
-from harness import Case, Contender, Deviation, Result
+from harness import Case, Contender, Deviation
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -436,8 +435,9 @@ def build_case(work: Work, layers: list[Layer], dtype: str, device: torch.device
 def main(arguments: list[str] | None = None) -> int:
     """Run the benchmark; return the exit status."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    parser = argparse.ArgumentParser(description="Time one MoE layer and its kernels.")
-    parser.add_argument("--smoke", action="store_true", help="toy sizes and few tokens")
+    parser = script.parser(
+        "Time one MoE layer and its kernels.", repeats=10, smoke="toy sizes and few tokens"
+    )
     parser.add_argument("--kernels", action="store_true", help="each kernel instead of the layer")
     parser.add_argument(
         "--tiles", action="store_true", help="with --kernels: every tile of the tuner's menu"
@@ -445,20 +445,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--tokens", type=int, nargs="+", help="tokens of a batch")
     parser.add_argument("--routing", nargs="+", choices=ROUTINGS, default=list(ROUTINGS))
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
-    parser.add_argument("--device", help="cpu, cuda, ...; by default a GPU where there is one")
-    parser.add_argument("--repeats", type=int, default=10, help="timed calls of each contender")
-    parser.add_argument("--output", type=Path, default=harness.RESULTS, help="folder for results")
-    args = parser.parse_args(arguments)
+    args = script.parse(parser, arguments, counts=["tokens"])
     tokens = args.tokens or (SMOKE_TOKENS if args.smoke else TOKENS)
-    if min(*tokens, args.repeats) < 1:
-        parser.error("--tokens and --repeats must be at least 1")
     if args.tiles and not args.kernels:
         parser.error("--tiles goes with --kernels")
     device = resolve_device(args.device)
     if device.type == "cuda":
         # graphs are captured on the current device
         torch.cuda.set_device(device)
-    machine = harness.machine_line(device)
+    machine = report.machine_line(device)
     dtype = DTYPES[args.dtype]
     obstacle = triton_obstacle(device, dtype)
     if args.kernels and obstacle:
@@ -487,16 +482,15 @@ def main(arguments: list[str] | None = None) -> int:
                     case = build_case(work, layers, args.dtype, device)
                     measured = harness.measure(case, repeats=args.repeats, device=device)
                     # the runs hold graphs and their memory; the record needs names and figures
-                    results.append(forget_runs(case, measured))
+                    results.append(harness.forget_runs(case, measured))
                     del case, measured
         except harness.DisagreementError as error:
-            print(f"no speed is reported, since outputs disagree: {error}", file=sys.stderr)
-            return 1
+            return script.refuse(error)
 
-    record = harness.make_record(
+    record = report.make_record(
         "bench_moe",
         results,
-        command=harness.command_line(arguments),
+        command=report.command_line(arguments),
         machine=machine,
         settings={
             "dtype": args.dtype,
@@ -509,11 +503,7 @@ def main(arguments: list[str] | None = None) -> int:
         not_run=not_run,
     )
     kind = "kernels" if args.kernels else "layer"
-    stem = f"bench_moe-{kind}-{device.type}-{args.dtype}" + ("-smoke" if args.smoke else "")
-    print(harness.render(record))
-    for path in harness.write_results(record, args.output, stem):
-        print(f"wrote {path}", file=sys.stderr)
-    return 0
+    return script.finish(record, args, f"bench_moe-{kind}-{device.type}-{args.dtype}")
 
 
 def triton_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -523,19 +513,6 @@ def triton_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
     except RuntimeError as error:
         return str(error)
     return None
-
-
-def forget_runs(case: Case, results: list[Result]) -> tuple[Case, list[Result]]:
-    """The same without what the runs hold on to."""
-
-    def nothing() -> Tensor:
-        raise AssertionError("a run that was forgotten")
-
-    idle = {one.name: dataclasses.replace(one, run=nothing) for one in case.contenders}
-    kept = [result._replace(contender=idle[result.contender.name]) for result in results]
-    return dataclasses.replace(
-        case, contenders=list(idle.values()), expected_BD=torch.empty(0)
-    ), kept
 
 
 if __name__ == "__main__":

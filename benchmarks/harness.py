@@ -1,37 +1,22 @@
-"""What every benchmark shares: correctness before speed, interleaved timing, dated results.
+"""How every benchmark measures: correctness before speed, and contenders in turn.
 
-A benchmark builds `Case`s, gives each to `measure`, and the outcome to `write_results`. No time
+A benchmark builds `Case`s and gives each to `measure`; what comes of it goes to `report`. No time
 leaves `measure` unless every output of every contender agreed with the expected one.
 """
 
 from __future__ import annotations
 
-import datetime
-import itertools
-import json
-import os
-import platform
-import shlex
-import subprocess
-import sys
+import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
 
-import nomoe
 from nomoe import NomicMoEConfig
-
-REPOSITORY = Path(__file__).resolve().parent.parent
-RESULTS = REPOSITORY / "benchmarks" / "results"
 
 # calls of each contender before its times count: the first fills caches and allocator
 WARM_UP = 2
@@ -53,7 +38,7 @@ class Deviation(NamedTuple):
     max_abs: float
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Contender:
     """One way to do a case's work."""
 
@@ -69,7 +54,7 @@ class Contender:
     ceiling: str | None = None
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Case:
     """Work that several contenders do.
 
@@ -244,6 +229,19 @@ def measure(
     ]
 
 
+def forget_runs(case: Case, results: list[Result]) -> tuple[Case, list[Result]]:
+    """The same without what the runs hold on to, models and graphs say."""
+
+    def nothing() -> Tensor:
+        raise AssertionError("a run that was forgotten")
+
+    idle = {one.name: dataclasses.replace(one, run=nothing) for one in case.contenders}
+    kept = [result._replace(contender=idle[result.contender.name]) for result in results]
+    return dataclasses.replace(
+        case, contenders=list(idle.values()), expected_BD=torch.empty(0)
+    ), kept
+
+
 def forward_flop(config: NomicMoEConfig, lengths: Sequence[int]) -> int:
     """Operations of a forward over texts of these lengths: matrix products, without padding.
 
@@ -319,216 +317,3 @@ def linear_ceiling(
         return out
 
     return run
-
-
-def machine_line(device: torch.device) -> str:
-    """Describe in one line what a result depends on: hardware, versions, commit."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    capability = torch.backends.cpu.get_cpu_capability()
-    parts = [
-        f"{_cpu_model()} ({capability}, {cores} cores, threads used: {torch.get_num_threads()})",
-        f"{platform.system()} {platform.release().partition('-')[0]} {platform.machine()}",
-        f"Python {platform.python_version()}",
-        f"torch {torch.__version__}",
-        *([f"triton {found}"] if (found := _version("triton")) else []),
-        f"nomoe {nomoe.__version__}{_commit()}",
-    ]
-    if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        memory = properties.total_memory / 2**30
-        parts.insert(0, f"{properties.name} ({memory:.0f} GiB, CUDA {torch.version.cuda})")
-    if hasattr(os, "getloadavg"):
-        # work of others shows here, and falsifies times more than ratios
-        parts.append(f"load average {os.getloadavg()[0]:.1f} at the start")
-    return ", ".join(parts)
-
-
-def command_line(arguments: Sequence[str]) -> str:
-    """Return the command that repeats this run from the repository's root."""
-    script = Path(sys.argv[0]).resolve()
-    if script.is_relative_to(REPOSITORY):
-        script = script.relative_to(REPOSITORY)
-    return shlex.join(["python", script.as_posix(), *arguments])
-
-
-def make_record(
-    benchmark: str,
-    results: Sequence[tuple[Case, list[Result]]],
-    *,
-    command: str,
-    machine: str,
-    settings: Mapping[str, Any],
-    not_run: Mapping[str, str],
-) -> dict[str, Any]:
-    """Gather everything a result file holds; `render` makes it readable.
-
-    Args:
-        benchmark: Its name.
-        results: Cases and what `measure` returned for them.
-        command: What `command_line` returns.
-        machine: What `machine_line` returned before the run.
-        settings: What else the figures depend on.
-        not_run: Contenders that cannot run here and why, by name.
-    """
-    return {
-        "benchmark": benchmark,
-        "date": datetime.date.today().isoformat(),
-        "command": command,
-        "machine": machine,
-        "settings": dict(settings),
-        "not_run": dict(not_run),
-        "cases": [
-            {
-                "title": case.title,
-                "tokens": case.tokens,
-                "baseline": case.baseline,
-                "contenders": _rows(case, of_case),
-            }
-            for case, of_case in results
-        ],
-    }
-
-
-def _rows(case: Case, results: list[Result]) -> list[dict[str, Any]]:
-    # p20, median, p80
-    percentiles = {
-        one.contender.name: np.percentile(one.seconds, (20, 50, 80)).tolist() for one in results
-    }
-    # what the work cannot do without takes at least this long
-    floors = {
-        one.contender.name: percentiles[one.contender.name][1]
-        for one in results
-        if one.contender.bound is None
-    }
-    rows = []
-    for contender, deviation, seconds in results:
-        p20, median, p80 = percentiles[contender.name]
-        floor = floors.get(contender.ceiling or max(floors, key=floors.__getitem__, default=""))
-        row: dict[str, Any] = {
-            "name": contender.name,
-            "tokens_per_s": case.tokens / median,
-            "median_ms": 1e3 * median,
-            "p20_ms": 1e3 * p20,
-            "p80_ms": 1e3 * p80,
-            "tflop_per_s": contender.flop / median / 1e12,
-            "ratio": percentiles[case.baseline][1] / median,
-            **({"gb_per_s": contender.bytes / median / 1e9} if contender.bytes else {}),
-            **({"of_ceiling": floor / median} if floor and contender.bound else {}),
-            "flop": contender.flop,
-            "times_ms": [1e3 * one for one in seconds],
-        }
-        if deviation is not None and contender.bound is not None:
-            row["deviation"] = deviation._asdict()
-            row["bound"] = contender.bound._asdict()
-        rows.append(row)
-    return rows
-
-
-def render(record: Mapping[str, Any]) -> str:
-    """Write a record as Markdown that is readable on a terminal too."""
-    settings = ", ".join(f"{name} {value}" for name, value in record["settings"].items())
-    lines = [
-        *heading(record),
-        f"Settings: {settings}.",
-        "Ratio: speed relative to the contender at 1.00. TFLOP/s: work on real tokens only. "
-        "Of ceiling: the time of the slowest ceiling, or of the one that runs the contender's "
-        "dtype where there are several dtypes, over this one's.",
-        *(f"Not run: {name}: {reason}." for name, reason in record["not_run"].items()),
-    ]
-    for case in record["cases"]:
-        cells = [
-            "contender,tokens/s,median ms,p20,p80,TFLOP/s,GB/s,ratio,of ceiling,1 - cosine".split(
-                ","
-            )
-        ]
-        for row in case["contenders"]:
-            times = (row[f"{which}_ms"] for which in ("median", "p20", "p80"))
-            cells.append(
-                [
-                    row["name"],
-                    f"{row['tokens_per_s']:,.0f}",
-                    *(f"{one:,.1f}" if one >= 10 else f"{one:.3f}" for one in times),
-                    f"{row['tflop_per_s']:.3g}",
-                    f"{row['gb_per_s']:,.0f}" if "gb_per_s" in row else "",
-                    f"{row['ratio']:.2f}",
-                    f"{row['of_ceiling']:.0%}" if "of_ceiling" in row else "",
-                    f"{row['deviation']['cosine_distance']:.1e}" if "deviation" in row else "",
-                ]
-            )
-        lines += ["", f"## {case['title']}", "", *table(cells)]
-    return "\n".join(lines) + "\n"
-
-
-def heading(record: Mapping[str, Any]) -> list[str]:
-    """First lines of a report: what, when, how and where."""
-    return [
-        f"# {record['benchmark']}, {record['date']}",
-        "",
-        f"    {record['command']}",
-        "",
-        f"Machine: {record['machine']}.",
-    ]
-
-
-def write_results(
-    record: Mapping[str, Any], folder: Path, stem: str, text: str | None = None
-) -> list[Path]:
-    """Write a record as `folder/DATE-stem.json` and `.md`, and return both paths.
-
-    The Markdown is `text`, or what `render` makes of the record.
-
-    A number is added to the name where there are such files already: a result is never replaced.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    for count in itertools.count(1):
-        name = f"{record['date']}-{stem}" + (f"-{count}" if count > 1 else "")
-        paths = [folder / f"{name}{suffix}" for suffix in (".json", ".md")]
-        if not any(path.exists() for path in paths):
-            break
-    paths[0].write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    paths[1].write_text(render(record) if text is None else text, encoding="utf-8")
-    return paths
-
-
-def table(cells: list[list[str]]) -> list[str]:
-    """Align as a Markdown table: names to the left, numbers to the right."""
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    rows = [
-        "| " + " | ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) + " |"
-        for row in cells
-    ]
-    rule = ["-" * (widths[0] + 2), *("-" * (width + 1) + ":" for width in widths[1:])]
-    return [rows[0], "|" + "|".join(rule) + "|", *rows[1:]]
-
-
-def _cpu_model() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text(encoding="utf-8").splitlines():
-            name, _, value = line.partition(":")
-            if name.strip() == "model name":
-                return value.strip()
-    return platform.processor() or platform.machine()
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def _commit() -> str:
-    """Name the checkout's commit, or nothing where there is no checkout or no git."""
-    outputs = []
-    for arguments in (["rev-parse", "--short", "HEAD"], ["status", "--porcelain", "--", "*.py"]):
-        git = ["git", "-C", str(REPOSITORY), *arguments]
-        try:
-            done = subprocess.run(git, capture_output=True, text=True, check=False)
-        except FileNotFoundError:
-            return ""
-        if done.returncode:
-            return ""
-        outputs.append(done.stdout.strip())
-    commit, changes = outputs
-    return f" at {commit}" + (" with changes" if changes else "")

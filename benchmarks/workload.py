@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from itertools import chain
+import random
+from itertools import chain, cycle
 from typing import Any
 
 import numpy as np
 import torch
 
-from nomoe import NomicMoEConfig, NomicMoEModel
+from nomoe import NomicMoEConfig, NomicMoEModel, data
 from nomoe.moe import MoE, router_input
 from nomoe.synthetic import random_model
+from nomoe.tokenizer import Tokenizer
 
 # spread of the router's logits, at which the two best of eight experts take the 0.7 of a token that
 # they take in the real model
@@ -32,7 +34,75 @@ def draw_texts(config: NomicMoEConfig, seed: int) -> dict[str, list[list[int]]]:
     }
 
 
-def draw_model(config: NomicMoEConfig, texts: list[list[int]], seed: int) -> NomicMoEModel:
+# texts by kind: their prompt, and the range of their tokens, prompt and special tokens included
+KINDS = {
+    "queries": ("search_query: ", 8, 30),
+    "passages": ("search_document: ", 60, 250),
+    "documents": ("search_document: ", 512, 512),
+}
+
+
+class Writer:
+    """Writes texts of words drawn from the shipped sentences, each text in one of twenty languages.
+
+    Args:
+        tokenizer: Of the model that will read them.
+        seed: Of the words and lengths.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, seed: int) -> None:
+        self._tokenizer = tokenizer
+        self._generator = random.Random(seed)
+        languages = {
+            language: " ".join(sentences).split()
+            for language, sentences in data.sentences().items()
+        }
+        # what each word costs: by itself it has two special tokens more
+        self._costs = {
+            language: [len(ids) - 2 for ids in tokenizer(words, 512).ids]
+            for language, words in languages.items()
+        }
+        self._words = languages
+        self._turn = cycle(languages)
+
+    def text(self, shortest: int, longest: int, prompt: str = "") -> str:
+        """A text of so many tokens, prompt and special tokens included, in the next language.
+
+        Words are whole, so it may be a few tokens longer where it is not cut at 512.
+        """
+        language = next(self._turn)
+        words, costs = self._words[language], self._costs[language]
+        room = self._generator.randint(shortest, longest)
+        room -= len(self._tokenizer([prompt], 512).ids[0])
+        chosen = []
+        while room > 0:
+            place = self._generator.randrange(len(words))
+            chosen.append(words[place])
+            room -= max(1, costs[place])
+        return prompt + " ".join(chosen)
+
+    def texts(self, kind: str, count: int) -> list[str]:
+        """Texts of one of `KINDS`."""
+        prompt, shortest, longest = KINDS[kind]
+        return [self.text(shortest, longest, prompt) for _ in range(count)]
+
+    def inputs(self, scale: int) -> dict[str, list[str]]:
+        """What people embed: one query, then queries, passages, documents, and a mixture of them.
+
+        Args:
+            scale: How many times 16 queries, 8 passages and 2 documents.
+        """
+        counts = {"queries": 16 * scale, "passages": 8 * scale, "documents": 2 * scale}
+        made = {"1 query": self.texts("queries", 1)}
+        made |= {f"{count:,} {kind}": self.texts(kind, count) for kind, count in counts.items()}
+        mixture = [one for kind, count in counts.items() for one in self.texts(kind, count // 2)]
+        self._generator.shuffle(mixture)
+        return made | {f"a mixture of {len(mixture):,}": mixture}
+
+
+def draw_model(
+    config: NomicMoEConfig, texts: list[list[int]], seed: int, unevenness: float = 0.0
+) -> NomicMoEModel:
     """Draw a float32 model that routes these texts about as the real one routes real text.
 
     Layer by layer, random weights make the tokens of a text alike, and random routers then send
@@ -43,6 +113,8 @@ def draw_model(config: NomicMoEConfig, texts: list[list[int]], seed: int) -> Nom
         config: Sizes, of which the width must exceed the number of texts.
         texts: Token ids.
         seed: Of the weights.
+        unevenness: Spread of the experts' offsets, in units of the logits' own spread: 0 sends
+            every expert about as many tokens.
     """
     model = random_model(config, seed)
     lengths = [len(ids) for ids in texts]
@@ -54,6 +126,10 @@ def draw_model(config: NomicMoEConfig, texts: list[list[int]], seed: int) -> Nom
         basis_DB = torch.linalg.qr(means_BD.T).Q
         weight_ED -= weight_ED @ basis_DB @ basis_DB.T
         weight_ED *= _LOGIT_SPREAD / (x_TD @ weight_ED.T).std()
+        # of the mean of any text this makes the offset, and nothing of what is across them all
+        even_D = torch.linalg.lstsq(means_BD, torch.ones(len(lengths), 1)).solution[:, 0]
+        offsets_E = torch.linspace(1.7, -1.7, moe.num_experts) * _LOGIT_SPREAD * unevenness
+        weight_ED += offsets_E[:, None] * even_D
 
     handles = [
         module.register_forward_pre_hook(spread)

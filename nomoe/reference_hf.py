@@ -105,6 +105,13 @@ def fill(model: nn.Module, folder: Path) -> None:
         )
 
 
+def complete(model: nn.Module) -> None:
+    """Put a model in eval mode, with a method that transformers 5.23 no longer gives its class."""
+    model.eval()
+    if not hasattr(model, "get_extended_attention_mask"):
+        type(model).get_extended_attention_mask = extended_mask  # type: ignore[attr-defined]
+
+
 @torch.no_grad()
 def run(model: nn.Module, tokenizer: Any, texts: list[str], max_length: int) -> dict[str, Tensor]:
     """Run a model of whatever class, reading its layers by the checkpoint's names.
@@ -116,10 +123,7 @@ def run(model: nn.Module, tokenizer: Any, texts: list[str], max_length: int) -> 
     Raises:
         SystemExit: The model gives values that are not finite, or leaves out one of those modules.
     """
-    model.eval()
-    if not hasattr(model, "get_extended_attention_mask"):
-        # the published code calls this method, which transformers 5.23 no longer has
-        type(model).get_extended_attention_mask = extended_mask  # type: ignore[attr-defined]
+    complete(model)
     seen: dict[str, Tensor] = {}
     handles = {}
     for name, part in model.named_modules():

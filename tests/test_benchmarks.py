@@ -9,6 +9,8 @@ import json
 import os
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
@@ -19,10 +21,11 @@ import torch
 from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import harness, peers, workload
+from benchmarks import harness, peers, report, stock, workload
 from benchmarks.harness import Case, Contender, Deviation, DisagreementError
 from nomoe import NomicMoEConfig, NomicMoEModel, data
-from nomoe.synthetic import random_model
+from nomoe.synthetic import random_model, write_checkpoint
+from nomoe.tokenizer import Tokenizer
 from nomoe.verify import golden_cases
 from nomoe_kernels import cpu
 
@@ -67,6 +70,28 @@ def test_padded_loop_gives_the_golden_vectors(batch_size):
         assert difference <= 1e-5, case.name
 
 
+def test_stock_torch_gives_the_golden_vectors():
+    config = NomicMoEConfig.from_json(data.TINY / "config.json")
+    peer = stock.Stock(config, load_file(data.TINY / "model.safetensors"))
+    for case in golden_cases(data.TINY):
+        texts = [
+            ids[mask.bool()].tolist()
+            for ids, mask in zip(case.input_ids, case.attention_mask, strict=True)
+        ]
+        assert (peer(texts).double() - case.pooled).abs().max() <= 1e-5, case.name
+
+
+@pytest.mark.gpu
+def test_stock_torch_compiled():
+    config = NomicMoEConfig.from_json(data.FULL_WIDTH / "config.json")
+    model = random_model(config, seed=0).to("cuda", torch.bfloat16)
+    peer = stock.Stock(config, model.state_dict())
+    loop = peers.PaddedLoop(config, model.state_dict())
+    for lengths in ([16], [100, 7, 512], [100, 7, 512]):
+        texts = draw_texts(lengths)
+        harness.check_agreement("stock", peer(texts), loop(texts), Deviation(0.05, 2.0))
+
+
 @pytest.mark.parametrize("normalize", [False, True])
 def test_padded_loop_agrees_with_nomoe(normalize):
     config = NomicMoEConfig.from_json(data.TINY / "config.json")
@@ -109,6 +134,34 @@ def test_texts_follow_from_the_seed():
     config = NomicMoEConfig.from_json(data.TINY / "config.json")
     first, same, other = (workload.draw_texts(config, seed) for seed in (0, 0, 1))
     assert first == same != other
+
+
+def test_written_texts_have_the_lengths_and_languages_they_should(tmp_path):
+    folder = write_checkpoint(tmp_path / "tiny", "tiny")
+    tokenizer = Tokenizer(folder / "tokenizer.json", 2048)
+    inputs = workload.Writer(tokenizer, seed=0).inputs(scale=2)
+    assert [len(texts) for texts in inputs.values()] == [1, 32, 16, 4, 26]
+    assert list(inputs)[1:4] == ["32 queries", "16 passages", "4 documents"]
+    for (kind, (prompt, shortest, longest)), texts in zip(
+        workload.KINDS.items(), list(inputs.values())[1:4], strict=True
+    ):
+        assert all(text.startswith(prompt) for text in texts), kind
+        lengths = [len(ids) for ids in tokenizer(texts, 512).ids]
+        # the last word is whole
+        assert shortest <= min(lengths)
+        assert max(lengths) <= min(512, longest + 12)
+        assert len(set(texts)) == len(texts)
+    words = {
+        language: set(" ".join(sentences).split())
+        for language, sentences in data.sentences().items()
+    }
+    spoken = [
+        next(language for language, known in words.items() if set(text.split()[1:]) <= known)
+        for text in inputs["16 passages"]
+    ]
+    assert len(set(spoken)) >= 15
+    assert workload.Writer(tokenizer, seed=0).inputs(scale=2) == inputs
+    assert workload.Writer(tokenizer, seed=1).inputs(scale=2) != inputs
 
 
 # --- correctness before speed ---
@@ -222,7 +275,7 @@ def test_derived_figures():
     )
     slow = harness.Result(Contender("slow", torch.ones, 10**9, None), None, [0.06] * 5)
     case = Case("some", 300, [fast.contender, slow.contender], torch.ones(1), "slow")
-    record = harness.make_record(
+    record = report.make_record(
         "bench",
         [(case, [fast, slow])],
         command="python it",
@@ -238,11 +291,11 @@ def test_derived_figures():
     assert first["deviation"] == {"cosine_distance": 1e-12, "max_abs": 1e-6}
     assert "deviation" not in second
 
-    [row] = [line for line in harness.render(record).splitlines() if line.startswith("| fast")]
+    [row] = [line for line in report.render(record).splitlines() if line.startswith("| fast")]
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     # no bytes are counted; the other one, without a bound, is the ceiling
     assert cells == ["fast", "10,000", "30.0", "18.0", "42.0", "0.2", "", "2.00", "200%", "1.0e-12"]
-    assert "Not run: other: not installed." in harness.render(record)
+    assert "Not run: other: not installed." in report.render(record)
 
 
 def test_share_of_the_slowest_ceiling():
@@ -253,12 +306,12 @@ def test_share_of_the_slowest_ceiling():
         harness.Result(contender, None, [seconds])
         for contender, seconds in zip(case.contenders, (4.0, 1.0, 3.0), strict=True)
     ]
-    record = harness.make_record(
+    record = report.make_record(
         "it", [(case, results)], command="", machine="", settings={}, not_run={}
     )
     first = record["cases"][0]["contenders"][0]
     assert (first["gb_per_s"], first["of_ceiling"]) == (2.0, 0.75)
-    [row] = [line for line in harness.render(record).splitlines() if line.startswith("| one")]
+    [row] = [line for line in report.render(record).splitlines() if line.startswith("| one")]
     assert [cell.strip() for cell in row.strip("|").split("|")][-4:] == ["2", "1.00", "75%", ""]
 
 
@@ -433,19 +486,103 @@ def test_smoke_run_writes_its_results(tmp_path):
     for part in ("threads used: 1)", "Python 3.", f"torch {torch.__version__}", "nomoe "):
         assert part in content["machine"]
     assert content["settings"]["dtype"] == "float32"
-    assert len(content["cases"]) == 3
-    for case in content["cases"]:
-        nomoe, loop, ceiling = case["contenders"]
-        assert [one["name"] for one in (nomoe, loop)] == ["nomoe (torch)", "padded loop"]
+    for name in ("the published code", "vLLM", "text-embeddings-inference", "fastembed"):
+        assert name in content["not_run"]
+    assert len(content["cases"]) == 2 * 5
+    cases = content["cases"]
+    for case, strings in zip(cases[::2], cases[1::2], strict=True):
+        assert case["title"].removesuffix("ids") == strings["title"].removesuffix("strings")
+        nomoe, loop, stock_torch, ceiling = case["contenders"]
+        names = ["nomoe (torch)", "padded loop", "stock torch"]
+        assert [one["name"] for one in case["contenders"][:3]] == names
         assert case["baseline"] == "padded loop"
         assert loop["ratio"] == 1
         assert nomoe["ratio"] == pytest.approx(loop["median_ms"] / nomoe["median_ms"])
-        assert nomoe["flop"] == loop["flop"] > ceiling["flop"]
+        assert nomoe["flop"] == loop["flop"] == stock_torch["flop"] > ceiling["flop"]
+        encoder, through, _ = strings["contenders"]
+        assert strings["baseline"] == encoder["name"] == "nomoe, Encoder"
+        assert through["name"] == "sentence-transformers over nomoe"
         for one in case["contenders"]:
             assert len(one["times_ms"]) == 2
             assert 0 < one["p20_ms"] <= one["median_ms"] <= one["p80_ms"]
             assert one["tokens_per_s"] == pytest.approx(1e3 * case["tokens"] / one["median_ms"])
-        assert all(one["deviation"]["max_abs"] <= 1e-4 for one in (nomoe, loop))
+        assert all(one["deviation"]["max_abs"] <= 1e-4 for one in (nomoe, loop, stock_torch))
+        assert all(one["deviation"]["max_abs"] <= 5e-6 for one in (encoder, through))
+
+
+class Server(ThreadingHTTPServer):
+    """Answers as text-embeddings-inference does, with an Encoder's vectors times a factor."""
+
+    def __init__(self, encoder, factor):
+        super().__init__(("127.0.0.1", 0), Answer)
+        self.encoder, self.factor, self.sizes = encoder, factor, []
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+
+class Answer(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self._send({"max_client_batch_size": 4} if self.path == "/info" else None)
+
+    def do_POST(self):
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        assert self.path == "/embed"
+        assert asked["normalize"]
+        assert asked["truncate"]
+        self.server.sizes.append(len(asked["inputs"]))
+        vectors = self.server.encoder.encode(asked["inputs"], prompt="")
+        self._send((self.server.factor * vectors).tolist())
+
+    def _send(self, content):
+        body = json.dumps(content).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *arguments):
+        pass
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.01])
+def test_a_server_is_a_peer_and_refused_when_it_is_wrong(
+    factor, bench_encoder, tiny_folder, encoder, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(
+        bench_encoder.text_peers,
+        "PEERS",
+        bench_encoder.text_peers.PEERS[:1]
+        + tuple(
+            one for one in bench_encoder.text_peers.PEERS if one.name == "text-embeddings-inference"
+        ),
+    )
+    server = Server(encoder, factor)
+    address = f"http://127.0.0.1:{server.server_port}"
+    command = ["--smoke", "--device=cpu", "--repeats=1", f"--tei={address}"]
+    status = bench_encoder.main([*command, f"--model={tiny_folder}", f"--output={tmp_path}"])
+    server.shutdown()
+    server.server_close()
+    if factor != 1:
+        assert status == 1
+        assert "text-embeddings-inference: output is off" in capsys.readouterr().err
+        assert not list(tmp_path.iterdir())
+        return
+    assert status == 0
+    # no request is larger than the server allows
+    assert max(server.sizes) == 4
+    record = json.loads(next(tmp_path.glob("*.json")).read_text())
+    assert record["settings"]["weights"] == str(tiny_folder)
+    strings = [case for case in record["cases"] if case["title"].endswith("from strings")]
+    assert len(strings) == 5
+    for case in strings:
+        assert case["contenders"][1]["name"] == "text-embeddings-inference"
+
+
+def test_a_server_that_is_not_there_is_reported(bench_encoder, tmp_path):
+    setting = bench_encoder.text_peers.Setting(tmp_path, "float32", CPU, "http://127.0.0.1:9")
+    [tei] = [
+        one for one in bench_encoder.text_peers.PEERS if one.name == "text-embeddings-inference"
+    ]
+    assert "does not answer" in tei.obstacle(setting)
 
 
 def test_smoke_run_of_a_layer(tmp_path):
@@ -541,11 +678,33 @@ def test_attention_is_compared_where_it_rotates(bench_kernels, tmp_path, monkeyp
     assert "kernel='rotated'" in capsys.readouterr().err
 
 
+def test_smoke_run_of_scaling(bench_encoder, tmp_path):
+    bench_scaling = importlib.import_module("bench_scaling")
+    command = ["--smoke", "--device=cpu", "--repeats=1", "--threads=1", f"--output={tmp_path}"]
+    assert bench_scaling.main(command) == 0
+    record = json.loads(next(tmp_path.glob("*-bench_scaling-cpu-float32-smoke.json")).read_text())
+    grown = {
+        sweep: [case["x"] for case in record["cases"] if case["sweep"] == sweep]
+        for sweep in bench_scaling.SWEEPS
+    }
+    assert grown["length"] == [16, 32, 64]
+    assert grown["batch"] == [128]
+    assert grown["experts"] == [2, 4, 8, 16, 32, 64]
+    # of eight experts, two to a token: from nearly even to as uneven as it can be
+    shares = grown["routing"]
+    assert shares == sorted(shares)
+    assert 1 / 8 <= shares[0] < 0.25
+    assert shares[-1] == pytest.approx(0.5)
+    for case in record["cases"]:
+        names = [row["name"] for row in case["contenders"]]
+        assert names[:3] == ["nomoe (torch)", "padded loop", "stock torch"]
+
+
 def test_results_are_never_replaced(tmp_path):
-    record = harness.make_record("b", [], command="c", machine="m", settings={}, not_run={})
-    first = harness.write_results(record, tmp_path / "new", "b-cpu")
+    record = report.make_record("b", [], command="c", machine="m", settings={}, not_run={})
+    first = report.write_results(record, tmp_path / "new", "b-cpu", "text")
     before = [path.read_bytes() for path in first]
-    second = harness.write_results(record, tmp_path / "new", "b-cpu")
+    second = report.write_results(record, tmp_path / "new", "b-cpu", "text")
     date = record["date"]
     assert [path.name for path in first] == [f"{date}-b-cpu.json", f"{date}-b-cpu.md"]
     assert [path.name for path in second] == [f"{date}-b-cpu-2.json", f"{date}-b-cpu-2.md"]
@@ -554,7 +713,7 @@ def test_results_are_never_replaced(tmp_path):
 
 def test_the_command_line_names_the_script_from_the_root(monkeypatch):
     monkeypatch.setattr(sys, "argv", [str(ROOT / "benchmarks" / "bench_encoder.py"), "--smoke"])
-    found = harness.command_line(["--output", "two words"])
+    found = report.command_line(["--output", "two words"])
     assert found == "python benchmarks/bench_encoder.py --output 'two words'"
 
 
