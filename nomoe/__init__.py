@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .config import NomicMoEConfig
     from .encoder import Encoder
     from .integrations.checking import check
+    from .integrations.mteb import mteb_model
     from .integrations.sentence_transformers import sentence_transformer
     from .integrations.transformers import register, unregister
     from .model import NomicMoEModel
@@ -32,6 +33,7 @@ __all__ = [
     "Routes",
     "__version__",
     "check",
+    "mteb_model",
     "register",
     "sentence_transformer",
     "synthetic",
@@ -44,12 +46,14 @@ _HOME = {
     "NomicMoEModel": "model",
     "Routes": "routes",
     "check": "integrations.checking",
+    "mteb_model": "integrations.mteb",
     "register": "integrations.transformers",
     "sentence_transformer": "integrations.sentence_transformers",
     "unregister": "integrations.transformers",
 }
 # the extra that brings what a name needs, and the package it cannot do without
 _EXTRAS = {
+    "mteb_model": ("mteb", "mteb"),
     "register": ("transformers", "transformers"),
     "sentence_transformer": ("sentence-transformers", "sentence_transformers"),
     "unregister": ("transformers", "transformers"),
