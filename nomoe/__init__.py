@@ -10,24 +10,53 @@ Importing this package imports no torch; its names are loaded when first used.
 from __future__ import annotations
 
 from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from . import synthetic
     from .config import NomicMoEConfig
     from .encoder import Encoder
+    from .integrations.checking import check
+    from .integrations.mteb import mteb_model
+    from .integrations.sentence_transformers import sentence_transformer
+    from .integrations.transformers import register, unregister
     from .model import NomicMoEModel
     from .routes import Routes
 
 __version__ = "0.1.0"
 
-__all__ = ["Encoder", "NomicMoEConfig", "NomicMoEModel", "Routes", "__version__", "synthetic"]
+__all__ = [
+    "Encoder",
+    "NomicMoEConfig",
+    "NomicMoEModel",
+    "Routes",
+    "__version__",
+    "check",
+    "mteb_model",
+    "register",
+    "sentence_transformer",
+    "synthetic",
+    "unregister",
+]
 
 _HOME = {
     "Encoder": "encoder",
     "NomicMoEConfig": "config",
     "NomicMoEModel": "model",
     "Routes": "routes",
+    "check": "integrations.checking",
+    "mteb_model": "integrations.mteb",
+    "register": "integrations.transformers",
+    "sentence_transformer": "integrations.sentence_transformers",
+    "unregister": "integrations.transformers",
+}
+# the extra that brings what a name needs, and the package it cannot do without
+_EXTRAS = {
+    "mteb_model": ("mteb", "mteb"),
+    "register": ("transformers", "transformers"),
+    "sentence_transformer": ("sentence-transformers", "sentence_transformers"),
+    "unregister": ("transformers", "transformers"),
 }
 
 
@@ -36,6 +65,11 @@ def __getattr__(name: str) -> Any:
         return import_module(".synthetic", __name__)
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    extra, package = _EXTRAS.get(name, ("", ""))
+    if package and find_spec(package) is None:
+        raise ImportError(
+            f"nomoe.{name} needs {package}, which is not installed: pip install 'nomoe[{extra}]'"
+        )
     return getattr(import_module(f".{_HOME[name]}", __name__), name)
 
 

@@ -32,6 +32,8 @@ DEFAULT_REVISION = "1066b6599d099fbb93dfcb64f9c37a7c9e503e85"
 
 CONFIG_FILE = "config.json"
 TOKENIZER_FILE = "tokenizer.json"
+# transformers takes a tokenizer of another kind where this is absent
+TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 MODULES_FILE = "modules.json"
 POOLING_FILE = "1_Pooling/config.json"
 SENTENCE_FILE = "sentence_bert_config.json"
@@ -42,14 +44,16 @@ INDEX_FILE = "model.safetensors.index.json"
 _SETTINGS_FILES = (
     CONFIG_FILE,
     TOKENIZER_FILE,
+    TOKENIZER_CONFIG_FILE,
     MODULES_FILE,
     POOLING_FILE,
     SENTENCE_FILE,
     PROMPTS_FILE,
 )
-# everything nomoe reads from a repository, and nothing else
+# everything that nomoe, or transformers for it, reads from a repository, and nothing else
 NEEDED_FILES = (
     *_SETTINGS_FILES,
+    "special_tokens_map.json",
     # where modules.json puts the pooling elsewhere
     "*_Pooling/config.json",
     WEIGHTS_FILE,

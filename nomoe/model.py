@@ -168,7 +168,8 @@ class NomicMoEModel(nn.Module):
         batch_invariant: bool = False,
         device: str | torch.device | None = None,
     ) -> None:
-        super().__init__()
+        # by name, since a class that has another base beside this one has set that up before
+        nn.Module.__init__(self)
         self.config = config
         self._backend_asked = backend
         self._batch_invariant = batch_invariant

@@ -245,7 +245,9 @@ class Packable(nn.Module):
         return super().train(mode)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        self.unpack()
+        # SentenceTransformer moves its model to where it is, in every call
+        if self.packed and not _leaves_as_is(fn, self.get_parameter(self.packable[0])):
+            self.unpack()
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call, no-any-return]
 
     def _load_from_state_dict(self, *arguments: Any) -> None:
@@ -270,6 +272,13 @@ def _is_sealed(parameter: Tensor | None) -> bool:
         and not any(parameter.stride())
         and math.isnan(parameter.data.as_strided((), ()).item())
     )
+
+
+def _leaves_as_is(fn: Callable[[Tensor], Tensor], parameter: Tensor) -> bool:
+    """Whether a move or cast of a module would change nothing about a parameter's tensor."""
+    probe = parameter.data.new_zeros(1)
+    # share_memory_ gives its argument back, but somewhere else
+    return fn(probe) is probe and not probe.is_shared()
 
 
 class Router(nn.Module):

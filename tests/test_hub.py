@@ -27,6 +27,7 @@ from nomoe.checkpoint import (
     POOLING_FILE,
     PROMPTS_FILE,
     SENTENCE_FILE,
+    TOKENIZER_CONFIG_FILE,
     TOKENIZER_FILE,
     WEIGHTS_FILE,
 )
@@ -38,6 +39,8 @@ OTHER_COMMIT = "f" * 40
 NEEDED = (
     CONFIG_FILE,
     TOKENIZER_FILE,
+    TOKENIZER_CONFIG_FILE,
+    "special_tokens_map.json",
     MODULES_FILE,
     POOLING_FILE,
     SENTENCE_FILE,

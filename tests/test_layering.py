@@ -68,9 +68,25 @@ def test_core_imports_only_core_dependencies() -> None:
     allowed |= set(sys.stdlib_module_names) | {"nomoe", "nomoe_kernels"}
     # the reference code needs transformers, the heat map matplotlib; both only where they are used
     extras = {"reference_hf.py": {"transformers"}, "routes.py": {"matplotlib"}}
+    # each of these is named after what it brings
+    inside = {
+        "transformers.py": {"transformers"},
+        "sentence_transformers.py": {"sentence_transformers"},
+        "mteb.py": {"mteb"},
+        "langchain.py": {"langchain_core"},
+        "llama_index.py": {"llama_index"},
+    }
     for path in files("nomoe"):
         tops = {name.split(".")[0] for name in imports_of(path)}
-        assert tops <= allowed | extras.get(path.name, set()), path
+        extra = inside if path.parent.name == "integrations" else extras
+        assert tops <= allowed | extra.get(path.name, set()), path
+
+
+def test_core_never_imports_the_integrations() -> None:
+    for path in files("nomoe"):
+        # nomoe/__init__.py names them for type checkers, and imports them when they are used
+        if path.parent.name != "integrations" and path != ROOT / "nomoe" / "__init__.py":
+            assert not [name for name in imports_of(path) if "integrations" in name], path
 
 
 def run(code: str) -> str:
@@ -101,9 +117,33 @@ def test_public_names_resolve() -> None:
     import nomoe
 
     for name in nomoe.__all__:
-        assert getattr(nomoe, name) is not None
+        # what needs an extra that the tests need not have
+        if name != "mteb_model":
+            assert getattr(nomoe, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'Decoder'"):
         nomoe.Decoder  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    ("name", "package", "extra"),
+    [
+        ("register", "transformers", "transformers"),
+        ("unregister", "transformers", "transformers"),
+        ("sentence_transformer", "sentence_transformers", "sentence-transformers"),
+        ("mteb_model", "mteb", "mteb"),
+    ],
+)
+def test_what_is_not_installed_is_named(
+    name: str, package: str, extra: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import nomoe
+
+    monkeypatch.setitem(sys.modules, package, None)
+    message = rf"nomoe\.{name} needs {package}, .*pip install 'nomoe\[{extra}\]'"
+    with pytest.raises(ImportError, match=message):
+        getattr(nomoe, name)
+    pyproject = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    assert f"\n{extra} = [" in pyproject
 
 
 def test_cli_default_repo_is_the_checkpoint_modules() -> None:

@@ -47,14 +47,19 @@ def test_first_screen(
 
 
 def test_the_cards_snippets(tiny_folder: Path, encoder: nomoe.Encoder) -> None:
-    pytest.importorskip("transformers")
     with_model, with_sentences = blocks("diff")
-    assert before(with_model).count("trust_remote_code=True") == 1
-    assert before(with_sentences).count("trust_remote_code=True") == 1
-    assert "trust_remote_code" not in after(with_model) + after(with_sentences)
-
-    first = execute(after(with_model), tiny_folder)
-    second = execute(after(with_sentences), tiny_folder)
+    for diff in (with_model, with_sentences):
+        # as the card has it, and one line before
+        assert diff.splitlines()[0] == "+import nomoe; nomoe.register()"
+        assert after(diff) == "import nomoe; nomoe.register()\n" + before(diff)
+        assert before(diff).count("trust_remote_code=True") == 1
+    try:
+        first = execute(after(with_model), tiny_folder)
+        second = execute(after(with_sentences), tiny_folder)
+    finally:
+        nomoe.unregister()
+    nomoe.check(first["model"])
+    nomoe.check(second["model"])
     expected = encoder.encode_document(["Hello!", "¡Hola!"])
     np.testing.assert_allclose(first["embeddings"].numpy(), expected, atol=1e-5)
     np.testing.assert_allclose(second["embeddings"], expected, atol=1e-5)
@@ -62,6 +67,23 @@ def test_the_cards_snippets(tiny_folder: Path, encoder: nomoe.Encoder) -> None:
     torch.testing.assert_close(
         second["similarity"].squeeze(), first["similarity"], atol=1e-5, rtol=0
     )
+
+
+def test_every_name_of_the_table_exists() -> None:
+    table = README[README.index("| You use | Write |") :].partition("\n\n")[0]
+    names = set(re.findall(r"nomoe\.(?:integrations\.\w+\.)?\w+", table))
+    assert len(names) == 8
+    for name in names:
+        if name.startswith("nomoe.integrations"):
+            _, _, module, member = name.split(".")
+            source = (ROOT / "nomoe" / "integrations" / f"{module}.py").read_text(encoding="utf-8")
+            assert f"class {member}(" in source
+        else:
+            assert name.partition(".")[2] in nomoe.__all__
+    pyproject = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    extras = {row.split("|")[3].strip(" `") for row in table.splitlines()[2:]} - {""}
+    for extra in extras:
+        assert f"\n{extra} = [" in pyproject
 
 
 def test_two_set_up_commands_of_which_ci_runs_the_second() -> None:

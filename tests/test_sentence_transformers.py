@@ -1,0 +1,158 @@
+"""nomoe's model inside SentenceTransformer: values, prompts, workers, saving."""
+
+from __future__ import annotations
+
+import json
+import logging
+import pickle
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from sentence_transformers import SentenceTransformer
+
+import nomoe
+from nomoe import Encoder, data
+from nomoe.integrations.transformers import HFNomicMoEModel
+from nomoe.repository import TRAINED_PROMPTS
+from tests.hf import native_can_load
+
+TEXTS = [text for group in data.sentences().values() for text in group][:40]
+
+
+@pytest.fixture(autouse=True)
+def unregistered_afterwards() -> Iterator[None]:
+    yield
+    nomoe.unregister()
+
+
+@pytest.fixture
+def model(tiny_folder: Path) -> SentenceTransformer:
+    return nomoe.sentence_transformer(tiny_folder, device="cpu")
+
+
+def test_equals_the_encoder_for_every_prompt(model: SentenceTransformer, encoder: Encoder) -> None:
+    assert type(model) is SentenceTransformer
+    assert isinstance(model[0].auto_model, HFNomicMoEModel)
+    assert model.prompts.items() >= (TRAINED_PROMPTS | {"document": "search_document: "}).items()
+    for name in model.prompts:
+        np.testing.assert_allclose(
+            model.encode(TEXTS, prompt_name=name),
+            encoder.encode(TEXTS, prompt_name=name),
+            atol=1e-5,
+        )
+    for method in ("encode_query", "encode_document"):
+        expected = getattr(encoder, method)(TEXTS)
+        np.testing.assert_allclose(getattr(model, method)(TEXTS), expected, atol=1e-5)
+    nomoe.check(model)
+
+
+def test_encode_document_is_not_encode(model: SentenceTransformer) -> None:
+    """On a bare SentenceTransformer both are the same: the document prompt is empty."""
+    assert np.abs(model.encode_document(TEXTS) - model.encode(TEXTS)).max() > 0.01
+
+
+def test_options(tiny_folder: Path) -> None:
+    options = {"max_seq_length": 9, "truncate_dim": 24}
+    model = nomoe.sentence_transformer(tiny_folder, device="cpu", dtype="bfloat16", **options)
+    assert model.max_seq_length == 9
+    assert model[0].auto_model.dtype == torch.bfloat16
+    encoder = Encoder.from_pretrained(tiny_folder, device="cpu", dtype="bfloat16", **options)
+    expected = encoder.encode_query(TEXTS, normalize_embeddings=False)
+    assert expected.shape == (40, 24)
+    np.testing.assert_allclose(model.encode_query(TEXTS), expected, atol=5e-3)
+    triton = nomoe.sentence_transformer(tiny_folder, device="cpu", backend="triton")
+    assert triton[0].auto_model.backend.name == "triton"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_seq_length": 4096}, "max_seq_length is 4096, expected 1 to 2048"),
+        ({"truncate_dim": 97}, "truncate_dim is 97, expected 1 to 96"),
+        ({"dtype": "int8"}, "dtype is 'int8'"),
+        ({"backend": "cuda"}, "backend is 'cuda'"),
+        ({"revision": "main"}, "local folder, which has no revision"),
+    ],
+)
+def test_bad_options(options: dict[str, object], message: str, tiny_folder: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        nomoe.sentence_transformer(tiny_folder, device="cpu", **options)
+
+
+def test_a_tokenizer_of_another_kind_is_refused(tiny_folder: Path, tmp_path: Path) -> None:
+    """Without tokenizer_config.json transformers chooses by model type, and chooses wrongly."""
+    folder = tmp_path / "copy"
+    shutil.copytree(tiny_folder, folder)
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"tokenizer_class": "BertTokenizer"}))
+    with pytest.raises(ValueError, match=r"gives other ids than its tokenizer\.json"):
+        nomoe.sentence_transformer(folder, device="cpu")
+
+
+def test_saved_and_loaded_by_every_road(
+    model: SentenceTransformer, encoder: Encoder, tmp_path: Path
+) -> None:
+    expected = encoder.encode_document(TEXTS)
+    model.encode(TEXTS)  # packs the matrices
+    folder = tmp_path / "saved"
+    model.save_pretrained(str(folder))
+    kinds = [module["type"] for module in json.loads((folder / "modules.json").read_text())]
+    assert all(kind.startswith("sentence_transformers.") for kind in kinds)
+    for trust in (False, True):
+        loaded = SentenceTransformer(str(folder), device="cpu", trust_remote_code=trust)
+        nomoe.check(loaded)
+        np.testing.assert_allclose(loaded.encode_document(TEXTS), expected, atol=1e-5)
+    loaded = nomoe.sentence_transformer(folder, device="cpu")
+    np.testing.assert_allclose(loaded.encode_document(TEXTS), expected, atol=1e-5)
+    ours = Encoder.from_pretrained(folder, device="cpu")
+    np.testing.assert_allclose(ours.encode_document(TEXTS), expected, atol=1e-5)
+    again = pickle.loads(pickle.dumps(model))
+    np.testing.assert_allclose(again.encode_document(TEXTS), expected, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_workers_are_right(model: SentenceTransformer, encoder: Encoder) -> None:
+    """Each is a fresh process (spawn) that has imported nothing."""
+    expected = encoder.encode_document(TEXTS)
+    pool = model.start_multi_process_pool(["cpu", "cpu"])
+    try:
+        vectors = model.encode(TEXTS, prompt_name="document", pool=pool, chunk_size=10)
+        queries = model.encode_query(TEXTS[:4], pool=pool, chunk_size=2)
+    finally:
+        model.stop_multi_process_pool(pool)
+    np.testing.assert_allclose(vectors, expected, atol=1e-5)
+    np.testing.assert_allclose(queries, encoder.encode_query(TEXTS[:4]), atol=1e-5)
+
+
+def test_calls_do_not_pack_again(model: SentenceTransformer) -> None:
+    model.encode(TEXTS[0])
+    packed = model[0].auto_model.encoder.layers[1].mlp.experts.mlp.packed
+    assert packed is not None
+    model.encode(TEXTS[:3])
+    assert model[0].auto_model.encoder.layers[1].mlp.experts.mlp.packed is packed
+
+
+def test_bare_class_with_and_without_register(
+    tiny_folder: Path, encoder: Encoder, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = native_can_load(tiny_folder, tmp_path / "native")
+    texts = TEXTS[:8]
+    native = SentenceTransformer(str(folder), device="cpu")
+    with pytest.raises(ValueError, match=r"thrown away.*nomoe\.register\(\)"):
+        nomoe.check(native)
+    vectors = native.encode(texts, prompt_name="passage")
+    # nothing about them looks wrong
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
+    expected = encoder.encode_document(texts)
+    assert (vectors * expected).sum(axis=1).max() < 0.9
+
+    nomoe.register()
+    model = SentenceTransformer(str(folder), device="cpu")
+    np.testing.assert_allclose(model.encode(texts, prompt_name="passage"), expected, atol=1e-5)
+    caplog.set_level(logging.WARNING, logger="nomoe")
+    nomoe.check(model)
+    assert "encode_document of this SentenceTransformer adds no prefix" in caplog.text
