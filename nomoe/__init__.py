@@ -15,19 +15,29 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from . import synthetic
     from .config import NomicMoEConfig
+    from .corpus import embed_corpus
     from .encoder import Encoder
     from .model import NomicMoEModel
     from .routes import Routes
 
 __version__ = "0.1.0"
 
-__all__ = ["Encoder", "NomicMoEConfig", "NomicMoEModel", "Routes", "__version__", "synthetic"]
+__all__ = [
+    "Encoder",
+    "NomicMoEConfig",
+    "NomicMoEModel",
+    "Routes",
+    "__version__",
+    "embed_corpus",
+    "synthetic",
+]
 
 _HOME = {
     "Encoder": "encoder",
     "NomicMoEConfig": "config",
     "NomicMoEModel": "model",
     "Routes": "routes",
+    "embed_corpus": "corpus",
 }
 
 

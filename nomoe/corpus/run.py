@@ -1,0 +1,507 @@
+"""Embedding a corpus on one machine: what `nomoe embed` runs."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypedDict, Unpack
+
+import torch
+from tqdm.auto import tqdm
+
+from .. import __version__
+from ..checkpoint import DEFAULT_REPO, NEEDED_FILES, find_weights
+from ..files import check_output
+from ..moe import BackendName
+from .embedder import Embedder, ModelSettings, Precision, resolve_settings
+from .manifest import (
+    Manifest,
+    check_folder,
+    check_same,
+    check_same_input,
+    finished_shards,
+    locked,
+    read_manifest,
+    remove_unfinished,
+)
+from .outputs import JsonlOutput, NpyOutput, Output, ParquetOutput
+from .plan import OnBad, Plan, make_plan
+from .shards import Progress, embed_shards
+from .sources import Source, find_sources, require_pyarrow
+from .workers import Job, choose_devices, run_here, run_processes
+
+logger = logging.getLogger(__name__)
+
+OUTPUT_SUFFIXES = (".npy", ".jsonl", ".parquet")
+# Rows of a shard: what an interruption can cost one process, and the last batches of a shard run
+# less full. Some minutes on a CPU and seconds on a large GPU, at a hundred tokens a row.
+SHARD_ROWS = {"cpu": 4096, "cuda": 32_768}
+
+# a bar that would be gone before it is read is not shown
+_BAR_DELAY_S = 2.0
+
+
+@dataclass(frozen=True)
+class CorpusReport:
+    """What a run did.
+
+    Attributes:
+        output: The file or folder.
+        rows: Rows of the whole output.
+        bad: Rows that were left out, by reason.
+        shards: Shards of the whole output; 1 for a file.
+        found: Shards that an earlier run had finished.
+        embedded: Rows embedded by this run.
+        tokens: Their tokens, prompt and special tokens included.
+        cut: Of those rows, the ones whose text was longer than `max_seq_length` and was cut.
+        seconds: Time from the loading of the model to the last shard.
+    """
+
+    output: Path
+    rows: int
+    bad: dict[str, int]
+    shards: int
+    found: int
+    embedded: int
+    tokens: int
+    cut: int
+    seconds: float
+
+
+class Options(TypedDict, total=False):
+    """Keywords of `embed_corpus`, where they are explained."""
+
+    model: str | Path
+    revision: str | None
+    device: str | None
+    dtype: str | torch.dtype | None
+    backend: BackendName
+    prompt_name: str | None
+    prompt: str | None
+    dim: int | None
+    precision: Precision
+    max_seq_length: int | None
+    batch_tokens: int | None
+    column: str
+    columns: Sequence[str] | None
+    on_bad: OnBad
+    limit: int | None
+    shard_rows: int | None
+    workers: int | None
+    show_progress_bar: bool | None
+    local_files_only: bool
+
+
+@dataclass(frozen=True)
+class Request:
+    """A checked call, whose model is not loaded yet."""
+
+    sources: list[Source]
+    output: Path
+    settings: ModelSettings
+    devices: list[str]
+    # how the checkpoint was named
+    model: str
+    column: str
+    columns: tuple[str, ...] | None
+    on_bad: OnBad
+    limit: int | None
+    # None for the default, or what an earlier run took
+    shard_rows: int | None
+    batch_tokens: int | None
+    show_progress_bar: bool | None
+
+    @property
+    def is_folder(self) -> bool:
+        """Whether the output is a folder of shards."""
+        return not self.output.suffix
+
+    def describe(self) -> dict[str, Any]:
+        """Return all that decides the output but the input itself."""
+        return {
+            "version": __version__,
+            **_file_hashes(self.settings.folder),
+            **self.settings.describe(),
+            "column": self.column,
+            "columns": None if self.columns is None else list(self.columns),
+            "on_bad": self.on_bad,
+            "limit": self.limit,
+            "shard_rows": self.shard_rows,
+        }
+
+    def plan(self) -> Plan:
+        """Read the input once; see `make_plan`."""
+        assert self.shard_rows is not None
+        with _bar("reading", None, self.show_progress_bar) as bar:
+            return make_plan(
+                self.sources,
+                self.column,
+                columns=self.columns,
+                on_bad=self.on_bad,
+                limit=self.limit,
+                shard_rows=self.shard_rows,
+                to_parquet=self.is_folder or self.output.suffix == ".parquet",
+                seen=bar.update,
+            )
+
+
+def make_request(
+    inputs: str | Path | Sequence[str | Path],
+    output: str | Path,
+    *,
+    model: str | Path = DEFAULT_REPO,
+    revision: str | None = None,
+    device: str | None = None,
+    dtype: str | torch.dtype | None = None,
+    backend: BackendName = "auto",
+    prompt_name: str | None = "document",
+    prompt: str | None = None,
+    dim: int | None = None,
+    precision: Precision = "float32",
+    max_seq_length: int | None = None,
+    batch_tokens: int | None = None,
+    column: str = "text",
+    columns: Sequence[str] | None = None,
+    on_bad: OnBad = "fail",
+    limit: int | None = None,
+    shard_rows: int | None = None,
+    workers: int | None = None,
+    show_progress_bar: bool | None = None,
+    local_files_only: bool = False,
+) -> Request:
+    """Check a call of `embed_corpus`, reading no more than names and small files.
+
+    Raises:
+        As `embed_corpus`.
+    """
+    if on_bad not in ("fail", "skip"):
+        raise ValueError(f"on_bad is {on_bad!r}, expected 'fail' or 'skip'")
+    for name, value in (("limit", limit), ("shard_rows", shard_rows)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} is {value}, expected at least 1")
+    if isinstance(columns, str):
+        raise TypeError("columns is a str, expected a list of column names")
+    output = Path(output).expanduser()
+    if output.suffix and output.suffix not in OUTPUT_SUFFIXES:
+        raise ValueError(
+            f"{output} has suffix {output.suffix!r}, expected {', '.join(OUTPUT_SUFFIXES)}, or "
+            "none for a folder of shards"
+        )
+    if output.suffix == ".npy" and on_bad == "skip":
+        raise ValueError(
+            "a .npy file has no room for row numbers, so rows left out would shift the others: "
+            "write .parquet, .jsonl or a folder, or take on_bad='fail'"
+        )
+    if output.suffix and (workers or 1) > 1:
+        raise ValueError(
+            f"{output} is one file, which one process writes; several workers need a folder"
+        )
+    if output.suffix in ("", ".parquet"):
+        require_pyarrow("writing Parquet")
+    sources = find_sources(inputs)
+    for source in sources:
+        if "://" not in source.path and output.resolve() in Path(source.path).resolve().parents:
+            raise ValueError(f"{source.path} is in the output folder {output}")
+    _check_outside(inputs, output)
+    devices = choose_devices(device, workers)
+    settings = resolve_settings(
+        model,
+        revision=revision,
+        device=devices[0],
+        dtype=dtype,
+        backend=backend,
+        prompt_name=prompt_name,
+        prompt=prompt,
+        max_seq_length=max_seq_length,
+        dim=dim,
+        precision=precision,
+        batch_tokens=batch_tokens,
+        local_files_only=local_files_only,
+    )
+    find_weights(settings.folder)
+    return Request(
+        sources=sources,
+        output=output,
+        settings=settings,
+        devices=devices,
+        model=str(model),
+        column=column,
+        columns=None if columns is None else tuple(columns),
+        on_bad=on_bad,
+        limit=limit,
+        shard_rows=shard_rows,
+        batch_tokens=batch_tokens,
+        show_progress_bar=show_progress_bar,
+    )
+
+
+def _check_outside(inputs: str | Path | Sequence[str | Path], output: Path) -> None:
+    """Refuse an output within an input folder, where the next run would take it for input."""
+    for one in [inputs] if isinstance(inputs, str | Path) else inputs:
+        folder = Path(one).expanduser()
+        if not output.suffix and folder.is_dir() and folder.resolve() in output.resolve().parents:
+            raise ValueError(f"the output {output} is inside the input folder {folder}")
+
+
+def embed_corpus(
+    inputs: str | Path | Sequence[str | Path],
+    output: str | Path,
+    *,
+    overwrite: bool = False,
+    **options: Unpack[Options],
+) -> CorpusReport:
+    """Embed the texts of files into files, and go on where a run was interrupted.
+
+    Memory is bounded. The input is read once before the model is loaded, to count and check its rows. A folder of
+    shards is then written one shard at a time, each under a temporary name until it is whole;
+    called again with the same settings, the function skips the shards that are there. Each row has
+    its number in the input (`source_row`), the columns that go along, and its vector (`embedding`).
+
+    Args:
+        inputs: A .parquet, .arrow (.feather, .ipc), .jsonl, .csv (.tsv) or .txt file, a folder, a
+            pattern, or a list of those; paths or URIs that pyarrow opens.
+        output: A folder (no suffix), or one .parquet, .jsonl or .npy file.
+        overwrite: Replace an output file that exists.
+        **options: `model`, `revision`, `device`, `dtype`, `backend`, `max_seq_length`,
+            `local_files_only` as for `Encoder.from_pretrained`, where `device="cuda"` means every
+            GPU; `prompt_name` ("document" by default; None for none) and `prompt`; `dim`, features
+            to keep; `precision`, which besides those of `Encoder.encode` may be "float16";
+            `batch_tokens`; `show_progress_bar`; and
+            `column`: where the text is, "text" by default;
+            `columns`: names of the columns that go along, None for all;
+            `on_bad`: "fail" refuses an input with a bad row before the model is loaded, "skip"
+            leaves such rows out and counts them;
+            `limit`: read only so many rows;
+            `shard_rows`: rows of a shard, 4,096 on a CPU and 32,768 on CUDA by default;
+            `workers`: processes, by default one for each GPU, and on a CPU one for each eight
+            cores.
+
+    Returns:
+        What was done.
+
+    Raises:
+        FileNotFoundError, PermissionError, ConnectionError: Input or checkpoint cannot be had.
+        ValueError: An argument is wrong, a row or file is bad, or the folder was begun with other
+            settings or another input; the message says which.
+        FileExistsError: The output file exists, and `overwrite` is not set.
+        ImportError: pyarrow is needed and not installed.
+        RuntimeError: The backend or device cannot run, another run is at work in the folder, a
+            process died, or the input changed meanwhile.
+        OSError: The output cannot be written; finished shards stay.
+    """
+    request = make_request(inputs, output, **options)
+    if request.is_folder:
+        if overwrite:
+            raise ValueError(f"overwrite is for one file; to begin anew, remove {output}")
+        return _to_folder(request)
+    check_output(request.output, OUTPUT_SUFFIXES, overwrite=overwrite)
+    return _to_file(request)
+
+
+def _to_file(request: Request) -> CorpusReport:
+    request = replace(request, shard_rows=request.shard_rows or default_shard_rows(request))
+    plan = request.plan()
+    settings = request.settings
+    size = (settings.stored_dim, settings.stored_dtype)
+    output: Output
+    if request.output.suffix == ".npy":
+        output = NpyOutput(request.output, *size)
+    elif request.output.suffix == ".jsonl":
+        output = JsonlOutput(request.output, numbered=request.on_bad == "skip")
+    else:
+        assert plan.schema is not None
+        output = ParquetOutput(request.output, plan.schema, *size, {})
+    try:
+        with _counting(request, plan, plan.rows) as count:
+            if plan.rows:
+                embedder = Embedder(settings, request.devices[0])
+                shards = range(len(plan.shards))
+                embed_shards(embedder, plan, shards, lambda _: _Uncommitted(output), count)
+        output.commit()
+    finally:
+        # nothing is left of one that was not committed
+        output.abort()
+    return count.report(request, plan, shards=1, found=0)
+
+
+class _Uncommitted:
+    """An output that goes on after a shard."""
+
+    def __init__(self, output: Output) -> None:
+        self.add = output.add
+        self.abort = output.abort
+
+    def commit(self) -> None:
+        """Leave it open."""
+
+
+def _to_folder(request: Request) -> CorpusReport:
+    folder = request.output
+    check_folder(folder)
+    with locked(folder):
+        remove_unfinished(folder)
+        request, manifest = begin(request)
+        finished = finished_shards(folder, manifest)
+        plan = manifest.plan
+        todo = [index for index in range(len(plan.shards)) if index not in finished]
+        job = Job(request.settings, manifest, folder)
+        rows = sum(plan.shards[index].rows for index in todo)
+        with _counting(request, plan, rows) as count:
+            try:
+                _embed(job, request.devices, todo, count)
+            finally:
+                if count.shards < len(todo):
+                    logger.warning(
+                        "%d of %d shards in %s are finished and stay; the same command goes on "
+                        "from there",
+                        len(finished) + count.shards,
+                        len(plan.shards),
+                        folder,
+                    )
+        totals = {"rows": plan.rows, "left_out": plan.bad, "shards": len(plan.shards)}
+        manifest._replace(totals=totals).write(folder)
+    return count.report(request, plan, shards=len(plan.shards), found=len(finished))
+
+
+def _embed(job: Job, devices: list[str], todo: list[int], count: _Count) -> None:
+    if not job.manifest.plan.rows:
+        # the only shard has no row
+        for index in todo:
+            job.open_output(index).commit()
+            count(Progress(0, 0, 0, index))
+        return
+    devices = devices[: len(todo)]
+    if len(devices) == 1:
+        run_here(job, devices[0], todo, count)
+    elif devices:
+        run_processes(job, devices, todo, count)
+
+
+def begin(request: Request) -> tuple[Request, Manifest]:
+    """Begin an output folder, or go on with one; the caller has locked it.
+
+    Returns:
+        The request with what it left open settled, and the manifest, which is in the folder.
+
+    Raises:
+        ValueError: The folder was begun with other settings or another input, or the input is bad.
+    """
+    folder = request.output
+    begun = read_manifest(folder)
+    earlier = begun.settings if begun is not None else {}
+    shard_rows = request.shard_rows or earlier.get("shard_rows") or default_shard_rows(request)
+    settings = request.settings
+    if request.batch_tokens is None and "batch_tokens" in earlier:
+        settings = replace(settings, batch_tokens=earlier["batch_tokens"])
+    request = replace(request, shard_rows=shard_rows, settings=settings)
+    described = request.describe()
+    if begun is None:
+        manifest = Manifest(described, request.plan(), _notes(request))
+        manifest.write(folder)
+        return request, manifest
+    check_same(begun, described, folder)
+    if _is_untouched(begun.plan, request.sources):
+        return request, begun
+    plan = request.plan()
+    check_same_input(begun.plan, plan, folder)
+    # the same rows in files that were moved or copied
+    manifest = begun._replace(plan=plan)
+    manifest.write(folder)
+    return request, manifest
+
+
+def _is_untouched(plan: Plan, sources: Sequence[Source]) -> bool:
+    """Whether the input's files are by name, size and time those that were read for the plan."""
+    return [file.source for file in plan.files] == list(sources) and all(
+        source.modified for source in sources
+    )
+
+
+def default_shard_rows(request: Request) -> int:
+    """Return the rows of a shard where the call does not say."""
+    return SHARD_ROWS["cuda" if request.devices[0].startswith("cuda") else "cpu"]
+
+
+def _notes(request: Request) -> dict[str, Any]:
+    folder = request.settings.folder
+    return {
+        "model": request.model,
+        # a folder of the Hub's cache has the commit for its name
+        "revision": folder.name if folder.parent.name == "snapshots" else None,
+        "torch": torch.__version__,
+        "devices": request.devices,
+    }
+
+
+def _file_hashes(folder: Path) -> dict[str, str]:
+    """Hash every file of a checkpoint that is read."""
+    paths = {path for pattern in NEEDED_FILES for path in folder.glob(pattern)}
+    hashes = {}
+    for path in sorted(paths):
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        hashes[f"sha256 of {path.relative_to(folder).as_posix()}"] = digest
+    return hashes
+
+
+def _bar(what: str, total: int | None, show: bool | None) -> tqdm[Any]:
+    return tqdm(
+        total=total,
+        desc=what,
+        unit=" rows",
+        # given None, tqdm itself keeps silent where stderr is no terminal
+        disable=None if show is None else not show,
+        delay=_BAR_DELAY_S if show is None else 0,
+    )
+
+
+class _Count:
+    """Adds up progress and shows it."""
+
+    def __init__(self, bar: tqdm[Any]) -> None:
+        self._bar = bar
+        self._start = time.perf_counter()
+        self.rows = self.tokens = self.cut = self.shards = 0
+        self.seconds = 0.0
+
+    def __call__(self, progress: Progress) -> None:
+        self.rows += progress.rows
+        self.tokens += progress.tokens
+        self.cut += progress.cut
+        self.shards += progress.shard is not None
+        self.seconds = time.perf_counter() - self._start
+        self._bar.set_postfix_str(f"{self.tokens / self.seconds:,.0f} tokens/s", refresh=False)
+        self._bar.update(progress.rows)
+
+    def report(self, request: Request, plan: Plan, *, shards: int, found: int) -> CorpusReport:
+        """Return what was done."""
+        if self.cut:
+            logger.warning(
+                "%d of %d texts were longer than max_seq_length=%d tokens and were cut",
+                self.cut,
+                self.rows,
+                request.settings.max_seq_length,
+            )
+        return CorpusReport(
+            output=request.output,
+            rows=plan.rows,
+            bad=plan.bad,
+            shards=shards,
+            found=found,
+            embedded=self.rows,
+            tokens=self.tokens,
+            cut=self.cut,
+            seconds=self.seconds,
+        )
+
+
+@contextmanager
+def _counting(request: Request, plan: Plan, rows: int) -> Iterator[_Count]:
+    with _bar("embedding", plan.rows, request.show_progress_bar) as bar:
+        bar.initial = bar.n = plan.rows - rows
+        yield _Count(bar)
