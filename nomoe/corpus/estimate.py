@@ -22,6 +22,8 @@ from .shards import ShardReader, Window
 _SAMPLE_TEXTS = 20_000
 _SAMPLE_SHARDS = 50
 _SAMPLE_SECONDS = 5.0
+# small windows, lest a sample take in more than it should
+_SAMPLE_WINDOW_TOKENS = 256
 
 
 @dataclass(frozen=True)
@@ -132,7 +134,7 @@ def _sample(plan: Plan, request: Request) -> list[Window]:
     sample = []
     for shard in chosen:
         left = each
-        for window in reader.windows(shard, request.settings.batch_tokens):
+        for window in reader.windows(shard, _SAMPLE_WINDOW_TOKENS):
             sample.append(window)
             left -= len(window.texts)
             if left <= 0:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -59,7 +59,9 @@ class _File:
     def abort(self) -> None:
         """As `Output.abort`."""
         stop = _AbortedError()
-        self._stack.__exit__(type(stop), stop, None)
+        # closing writes what is buffered, and on a full disk fails once more
+        with suppress(OSError, _AbortedError):
+            self._stack.__exit__(type(stop), stop, None)
 
 
 class _AbortedError(Exception):
@@ -168,8 +170,8 @@ class ParquetOutput(_File):
 
     def abort(self) -> None:
         """As `Output.abort`."""
-        # the writer would still put its footer, perhaps on a full disk
-        self._clear()
+        # pyarrow would write a footer when the writer is collected, into a file that is closed
+        self._writer.is_open = False
         super().abort()
 
 

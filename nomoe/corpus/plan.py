@@ -106,13 +106,12 @@ class Plan:
     def to_json(self) -> dict[str, Any]:
         """Return the plan as JSON has it."""
         schema = self.schema
-        return asdict(self) | {
-            "schema": None
-            if schema is None
-            else base64.b64encode(schema.serialize().to_pybytes()).decode(),
-            # shown for the reader
-            "types": None if schema is None else {one.name: str(one.type) for one in schema},
-        }
+        values = asdict(replace(self, schema=None))
+        if schema is not None:
+            values["schema"] = base64.b64encode(schema.serialize().to_pybytes()).decode()
+            # for the reader
+            values["types"] = {one.name: str(one.type) for one in schema}
+        return values
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Plan:

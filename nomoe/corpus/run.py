@@ -257,10 +257,11 @@ def embed_corpus(
 ) -> CorpusReport:
     """Embed the texts of files into files, and go on where a run was interrupted.
 
-    Memory is bounded. The input is read once before the model is loaded, to count and check its rows. A folder of
-    shards is then written one shard at a time, each under a temporary name until it is whole;
-    called again with the same settings, the function skips the shards that are there. Each row has
-    its number in the input (`source_row`), the columns that go along, and its vector (`embedding`).
+    Memory is bounded. The input is read once before the model is loaded, to count and check its
+    rows. A folder of shards is then written one shard at a time, each under a temporary name until
+    it is whole; called again with the same settings, the function skips the shards that are there.
+    Each row has its number in the input (`source_row`), the columns that go along, and its vector
+    (`embedding`).
 
     Args:
         inputs: A .parquet, .arrow (.feather, .ipc), .jsonl, .csv (.tsv) or .txt file, a folder, a
