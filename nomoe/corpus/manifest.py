@@ -55,6 +55,12 @@ class Manifest(NamedTuple):
         ]
         return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
 
+    def complete(self, folder: Path) -> None:
+        """Write the manifest anew, now that all shards are there."""
+        plan = self.plan
+        totals = {"rows": plan.rows, "left_out": plan.bad, "shards": len(plan.shards)}
+        self._replace(totals=totals).write(folder)
+
     def write(self, folder: Path) -> None:
         """Put the manifest in place of an earlier one."""
         content = {

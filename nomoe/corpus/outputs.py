@@ -136,7 +136,7 @@ class ParquetOutput(_File):
         """As `Output.add`."""
         import pyarrow as pa
 
-        along = [_arrays(part, self._columns) for part in columns]
+        along = [as_arrays(part, self._columns) for part in columns]
         arrays = [pa.concat_arrays(parts) for parts in zip(*along, strict=True)]
         flat = pa.array(np.ascontiguousarray(vectors).reshape(-1))
         batch = pa.RecordBatch.from_arrays(
@@ -228,7 +228,7 @@ def _json_line(columns: Mapping[str, Any]) -> bytes:
         return json.dumps(columns).encode() + b"\n"
 
 
-def _arrays(part: Columns, schema: pa.Schema) -> list[pa.Array]:
+def as_arrays(part: Columns, schema: pa.Schema) -> list[pa.Array]:
     """Give rows the output's columns: null where they have none, types widened but never cut."""
     import pyarrow as pa
 

@@ -73,10 +73,9 @@ class CorpusReport:
     seconds: float
 
 
-class Options(TypedDict, total=False):
-    """Keywords of `embed_corpus`, where they are explained."""
+class ModelOptions(TypedDict, total=False):
+    """Keywords of `resolve_settings`."""
 
-    model: str | Path
     revision: str | None
     device: str | None
     dtype: str | torch.dtype | None
@@ -87,6 +86,13 @@ class Options(TypedDict, total=False):
     precision: Precision
     max_seq_length: int | None
     batch_tokens: int | None
+    local_files_only: bool
+
+
+class Options(ModelOptions, total=False):
+    """Keywords of `embed_corpus`, where they are explained."""
+
+    model: str | Path
     column: str
     columns: Sequence[str] | None
     on_bad: OnBad
@@ -94,7 +100,6 @@ class Options(TypedDict, total=False):
     shard_rows: int | None
     workers: int | None
     show_progress_bar: bool | None
-    local_files_only: bool
 
 
 @dataclass(frozen=True)
@@ -318,7 +323,7 @@ def _to_file(request: Request) -> CorpusReport:
         assert plan.schema is not None
         output = ParquetOutput(request.output, plan.schema, *size, {})
     try:
-        with _counting(request, plan, plan.rows) as count:
+        with counting(request, plan, plan.rows) as count:
             if plan.rows:
                 embedder = Embedder(settings, request.devices[0])
                 shards = range(len(plan.shards))
@@ -327,7 +332,7 @@ def _to_file(request: Request) -> CorpusReport:
     finally:
         # nothing is left of one that was not committed
         output.abort()
-    return count.report(request, plan, shards=1, found=0)
+    return count.report(request, plan, 1, 0)
 
 
 class _Uncommitted:
@@ -352,21 +357,10 @@ def _to_folder(request: Request) -> CorpusReport:
         todo = [index for index in range(len(plan.shards)) if index not in finished]
         job = Job(request.settings, manifest, folder)
         rows = sum(plan.shards[index].rows for index in todo)
-        with _counting(request, plan, rows) as count:
-            try:
-                _embed(job, request.devices, todo, count)
-            finally:
-                if count.shards < len(todo):
-                    logger.warning(
-                        "%d of %d shards in %s are finished and stay; the same command goes on "
-                        "from there",
-                        len(finished) + count.shards,
-                        len(plan.shards),
-                        folder,
-                    )
-        totals = {"rows": plan.rows, "left_out": plan.bad, "shards": len(plan.shards)}
-        manifest._replace(totals=totals).write(folder)
-    return count.report(request, plan, shards=len(plan.shards), found=len(finished))
+        with counting(request, plan, rows, len(finished)) as count:
+            _embed(job, request.devices, todo, count)
+        manifest.complete(folder)
+    return count.report(request, plan, len(plan.shards), len(finished))
 
 
 def _embed(job: Job, devices: list[str], todo: list[int], count: _Count) -> None:
@@ -479,7 +473,7 @@ class _Count:
         self._bar.set_postfix_str(f"{self.tokens / self.seconds:,.0f} tokens/s", refresh=False)
         self._bar.update(progress.rows)
 
-    def report(self, request: Request, plan: Plan, *, shards: int, found: int) -> CorpusReport:
+    def report(self, request: Request, plan: Plan, shards: int, found: int) -> CorpusReport:
         """Return what was done."""
         if self.cut:
             logger.warning(
@@ -502,7 +496,26 @@ class _Count:
 
 
 @contextmanager
-def _counting(request: Request, plan: Plan, rows: int) -> Iterator[_Count]:
+def counting(request: Request, plan: Plan, rows: int, found: int | None = None) -> Iterator[_Count]:
+    """Show the progress of a run, and say what stays if it ends early.
+
+    Args:
+        request: The call.
+        plan: Its input.
+        rows: Rows that are left to embed.
+        found: Shards of a folder that were there already; None for a file, of which nothing stays.
+    """
     with _bar("embedding", plan.rows, request.show_progress_bar) as bar:
         bar.initial = bar.n = plan.rows - rows
-        yield _Count(bar)
+        count = _Count(bar)
+        try:
+            yield count
+        finally:
+            if found is not None and found + count.shards < len(plan.shards):
+                logger.warning(
+                    "%d of %d shards in %s are finished and stay; the same command goes on from "
+                    "there",
+                    found + count.shards,
+                    len(plan.shards),
+                    request.output,
+                )

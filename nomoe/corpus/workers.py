@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 
 from .embedder import Embedder, ModelSettings
 from .manifest import Manifest, shard_metadata, shard_path
-from .outputs import Output, ParquetOutput
+from .outputs import Output, ParquetOutput, as_arrays
+from .rows import Columns
 from .shards import Progress, embed_shards
 
 # cores that one process makes good use of on a CPU
@@ -39,6 +40,24 @@ class Job(NamedTuple):
             self.settings.stored_dtype,
             shard_metadata(self.manifest, shard),
         )
+
+    def pack(self, columns: Sequence[Columns]) -> bytes:
+        """Make bytes of rows' columns, as the output has them; `unpack` makes rows of them."""
+        import pyarrow as pa
+
+        schema = self.manifest.plan.schema
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, schema) as writer:
+            for part in columns:
+                arrays = as_arrays(part, schema)
+                writer.write_batch(pa.RecordBatch.from_arrays(arrays, schema=schema))
+        return bytes(sink.getvalue())
+
+    def unpack(self, packed: bytes) -> list[Columns]:
+        """As `pack`."""
+        import pyarrow as pa
+
+        return list(pa.ipc.open_stream(packed))
 
 
 def cores() -> int:
