@@ -169,10 +169,13 @@ def make_plan(
     for source in sources:
         digest = hashlib.sha256()
         rows = 0
+        needed = columns
         if source.format in ARROW_FORMATS:
             planner.add_schema(arrow_schema(source), source.path)
+            # the types are known: only the texts have to be looked at
+            needed = ()
         if left != 0:
-            for block in read_blocks(source, column, columns, START, digest.update):
+            for block in read_blocks(source, column, needed, START, digest.update):
                 taken = len(block.texts) if left is None else min(left, len(block.texts))
                 planner.add(source, len(files), rows, block, taken)
                 rows += taken
