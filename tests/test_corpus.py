@@ -595,7 +595,7 @@ def test_changed_weights_and_versions_are_refused(
         ValueError, match=r"sha256 of model\.safetensors was '\w+' and is now '\w+'"
     ):
         embed_corpus(*begun, **(model | {"model": copy}))
-    monkeypatch.setattr("nomoe.corpus.run.__version__", "9.9")
+    monkeypatch.setattr("nomoe.corpus.request.__version__", "9.9")
     with pytest.raises(ValueError, match=r"version was '0\.1\.0' and is now '9\.9'"):
         embed_corpus(*begun, **model)
 
@@ -678,7 +678,7 @@ def test_bad_calls_are_refused_before_the_input_is_read(
     tmp_path: Path, model: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = write(tmp_path / "in.jsonl", make_rows(3))
-    monkeypatch.setattr("nomoe.corpus.run.make_plan", None)
+    monkeypatch.setattr("nomoe.corpus.request.make_plan", None)
     out = tmp_path / "out"
     for options, error, message in (
         ({"dim": 97}, ValueError, "dim is 97, expected 1 to 96"),

@@ -14,7 +14,7 @@ import numpy as np
 from .embedder import Embedder, WindowTokenizer
 from .outputs import JsonlOutput, NpyOutput, Output, ParquetOutput
 from .plan import Plan
-from .run import Options, Request, default_shard_rows, make_request
+from .request import Options, Request, default_shard_rows, make_request
 from .shards import ShardReader, Window
 
 # texts that are tokenised, from so many places in the input, and for how long a part of them is
