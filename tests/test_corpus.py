@@ -282,7 +282,7 @@ def test_shards_hold_every_good_row_once(tmp_path: Path, suffix: str, shard_rows
     write(tmp_path / f"a{suffix}", rows[:100])
     write(tmp_path / f"b{suffix}", rows[100:101])
     write(tmp_path / f"c{suffix}", rows[101:])
-    plan = make_plan(find_sources(tmp_path), on_bad="skip", shard_rows=shard_rows, to_parquet=True)
+    plan = make_plan(find_sources(tmp_path), on_bad="skip", shard_rows=shard_rows, form="parquet")
     good = [row for row in range(220) if row not in bad]
     assert sum(plan.bad.values()) == len(bad)
     assert [shard.rows for shard in plan.shards] == [
@@ -444,6 +444,13 @@ BROKEN = {
         lambda path: path.write_text('{"text": "a", "embedding": 1}\n'),
         "already has 'embedding'",
     ),
+    "dates for JSON": (
+        "in.parquet",
+        lambda path: pq.write_table(
+            pa.table({"text": ["a"], "when": pa.array([[0]], pa.list_(pa.timestamp("s")))}), path
+        ),
+        "column 'when' holds list.*timestamp.*, which JSON has no value for",
+    ),
     "numbered already": (
         "in.parquet",
         lambda path: pq.write_table(pa.table({"text": ["a"], "source_row": [1]}), path),
@@ -460,9 +467,11 @@ def test_broken_files_are_refused_whatever_the_policy(
     make(tmp_path / name)
     monkeypatch.setattr("nomoe.corpus.run.Embedder", None)
     monkeypatch.setattr("nomoe.corpus.workers.Embedder", None)
+    out = tmp_path / ("out.jsonl" if "JSON" in case else "out")
     with pytest.raises(ValueError, match=message):
-        embed_corpus(tmp_path / name, tmp_path / "out", on_bad="skip", **model)
-    assert [path.name for path in (tmp_path / "out").glob("[!.]*")] == []
+        embed_corpus(tmp_path / name, out, on_bad="skip", **model)
+    assert not list(tmp_path.glob("out/[!.]*"))
+    assert not list(tmp_path.glob("*out.jsonl*"))
 
 
 def test_a_csv_cut_between_quotes_loses_its_last_row_alone(
@@ -625,7 +634,7 @@ def test_a_changed_text_of_a_typed_file_is_seen(
     rows = make_rows(40)
     source, out = write(tmp_path / f"in{suffix}", rows), tmp_path / "out"
     embed_corpus(source, out, **model)
-    rows[20]["text"], rows[21]["text"] = rows[21]["text"], rows[20]["text"]
+    rows[20]["text"] = rows[20]["text"][:-1] + "Z"
     write(source, rows)
     with pytest.raises(ValueError, match="has changed"):
         embed_corpus(source, out, **model)
@@ -635,7 +644,7 @@ def test_an_input_that_changes_during_a_run_ends_it(
     begun: tuple[Path, Path], model: dict[str, Any]
 ) -> None:
     source, _ = begun
-    plan = make_plan(find_sources(source), shard_rows=30, to_parquet=True)
+    plan = make_plan(find_sources(source), shard_rows=30, form="parquet")
     source.write_text("".join(source.read_text().splitlines(keepends=True)[:40]))
     with pytest.raises(RuntimeError, match=r"in\.jsonl changed while it was being read"):
         list(ShardReader(plan).windows(1, 4096))

@@ -209,6 +209,7 @@ def test_an_interrupt_says_how_to_go_on(
     there = shards(out)
     assert there == {name: whole[name] for name in there}
     assert 0 < len(there) < len(whole)
+    assert json.loads((out / "_manifest.json").read_text())["complete"] is False
     embed_corpus(corpus, out, **options)
     assert_whole(out, whole)
 

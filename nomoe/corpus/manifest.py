@@ -56,8 +56,15 @@ class Manifest(NamedTuple):
         return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
 
     def complete(self, folder: Path) -> None:
-        """Write the manifest anew, now that all shards are there."""
+        """Write the manifest anew, now that all shards are there.
+
+        Raises:
+            RuntimeError: They are not, and nothing had said so.
+        """
         plan = self.plan
+        missing = len(plan.shards) - len(finished_shards(folder, self))
+        if missing:
+            raise RuntimeError(f"{missing} shards are missing in {folder}: run this again")
         totals = {"rows": plan.rows, "left_out": plan.bad, "shards": len(plan.shards)}
         self._replace(totals=totals).write(folder)
 
@@ -140,7 +147,8 @@ def check_folder(folder: Path) -> None:
     if not folder.exists():
         if not folder.parent.is_dir():
             raise FileNotFoundError(f"there is no folder {folder.parent} to make {folder.name} in")
-        folder.mkdir()
+        # another run may make it at the same moment
+        folder.mkdir(exist_ok=True)
     if not folder.is_dir():
         raise FileExistsError(f"{folder} is a file, expected a folder")
     others = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 OnBad = Literal["fail", "skip"]
+# what an output needs of the columns that go along: types, values that JSON has, or nothing
+OutputForm = Literal["parquet", "jsonl", "npy"]
 
 # columns that the output adds
 VECTOR_COLUMN = "embedding"
@@ -143,7 +145,7 @@ def make_plan(
     on_bad: OnBad = "fail",
     limit: int | None = None,
     shard_rows: int,
-    to_parquet: bool,
+    form: OutputForm,
     seen: Callable[[int], object] = lambda rows: None,
 ) -> Plan:
     """Read the input once, check every row and divide it.
@@ -155,7 +157,7 @@ def make_plan(
         on_bad: "fail" refuses an input with a bad row, "skip" leaves such rows out and counts them.
         limit: Read only so many rows.
         shard_rows: Good rows of a shard.
-        to_parquet: Whether the output's columns need types.
+        form: What is to be written.
         seen: Told how many rows were read since it was last called.
 
     Raises:
@@ -163,7 +165,7 @@ def make_plan(
             types in two files which do not go together, or one that the output adds.
         OSError: A file cannot be read.
     """
-    planner = _Planner(column, columns, on_bad, shard_rows, to_parquet)
+    planner = _Planner(columns, on_bad, shard_rows, form)
     left = limit
     files: list[File] = []
     for source in sources:
@@ -187,23 +189,22 @@ def make_plan(
         files.append(
             File(source.path, source.format, source.size, source.modified, rows, digest.hexdigest())
         )
-    return planner.plan(files)
+    return planner.plan(files, column)
 
 
 class _Planner:
     def __init__(
         self,
-        column: str,
         columns: Sequence[str] | None,
         on_bad: OnBad,
         shard_rows: int,
-        to_parquet: bool,
+        form: OutputForm,
     ) -> None:
-        self._column = column
         self._columns = None if columns is None else tuple(columns)
         self._on_bad = on_bad
         self._shard_rows = shard_rows
-        self._types: _Types | None = _Types() if to_parquet else None
+        self._form = form
+        self._types: _Types | None = _Types() if form == "parquet" else None
         self._names: set[str] = set()
         self._bad: Counter[str] = Counter()
         self._examples: list[str] = []
@@ -219,10 +220,16 @@ class _Planner:
     def add_schema(self, schema: pa.Schema, path: str) -> None:
         """Take in the columns of a typed file."""
         self._note_names(schema.names, path)
-        if self._types is not None:
-            for field in schema:
-                if self._columns is None or field.name in self._columns:
-                    self._types.merge(field.name, field.type, path)
+        for field in schema:
+            if self._columns is not None and field.name not in self._columns:
+                continue
+            if self._types is not None:
+                self._types.merge(field.name, field.type, path)
+            elif self._form == "jsonl" and not _is_json(field.type):
+                raise ValueError(
+                    f"{path}: column {field.name!r} holds {field.type}, which JSON has no value "
+                    "for; leave it out with columns= (--columns), or write Parquet"
+                )
 
     def add(self, source: Source, file: int, first: int, block: Block, taken: int) -> None:
         """Take in the first rows of a block, of which the first is row `first` of its file."""
@@ -301,7 +308,7 @@ class _Planner:
         self._shards.append(Shard(self._first, self._good, self._bytes, tuple(self._pieces)))
         self._open()
 
-    def plan(self, files: list[File]) -> Plan:
+    def plan(self, files: list[File], column: str) -> Plan:
         """Return the whole, once all rows are in."""
         # rows behind the last good one belong to no shard, but an output has at least one
         if self._good or not self._shards:
@@ -314,7 +321,7 @@ class _Planner:
             )
         return Plan(
             files=tuple(files),
-            column=self._column,
+            column=column,
             columns=self._columns,
             shards=tuple(self._shards),
             bad=dict(self._bad),
@@ -382,6 +389,29 @@ class _Types:
         # a column without a value anywhere has no type of its own
         kinds = ((name, self._fields.get(name, pa.null())) for name in names)
         return pa.schema([(name, _concrete(kind)) for name, kind in kinds])
+
+
+def _is_json(kind: pa.DataType) -> bool:
+    """Whether JSON has a value for every value of a type."""
+    import pyarrow as pa
+
+    if pa.types.is_dictionary(kind):
+        return _is_json(kind.value_type)
+    if pa.types.is_struct(kind):
+        return all(_is_json(field.type) for field in kind)
+    lists = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
+    if any(is_list(kind) for is_list in lists):
+        return _is_json(kind.value_type)
+    simple = (
+        pa.types.is_null,
+        pa.types.is_boolean,
+        pa.types.is_integer,
+        pa.types.is_floating,
+        pa.types.is_string,
+        pa.types.is_large_string,
+        pa.types.is_string_view,
+    )
+    return any(is_kind(kind) for is_kind in simple)
 
 
 def _concrete(kind: pa.DataType) -> pa.DataType:

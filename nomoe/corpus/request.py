@@ -15,7 +15,7 @@ from .. import __version__
 from ..checkpoint import DEFAULT_REPO, NEEDED_FILES, find_weights
 from ..moe import BackendName
 from .embedder import ModelSettings, Precision, resolve_settings
-from .plan import OnBad, Plan, make_plan
+from .plan import OnBad, OutputForm, Plan, make_plan
 from .sources import Source, find_sources, require_pyarrow
 from .workers import choose_devices
 
@@ -97,6 +97,7 @@ class Request:
     def plan(self) -> Plan:
         """Read the input once; see `make_plan`."""
         assert self.shard_rows is not None
+        forms: dict[str, OutputForm] = {".npy": "npy", ".jsonl": "jsonl"}
         with progress_bar("reading", None, self.show_progress_bar) as bar:
             return make_plan(
                 self.sources,
@@ -105,7 +106,7 @@ class Request:
                 on_bad=self.on_bad,
                 limit=self.limit,
                 shard_rows=self.shard_rows,
-                to_parquet=self.is_folder or self.output.suffix == ".parquet",
+                form=forms.get(self.output.suffix, "parquet"),
                 seen=bar.update,
             )
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from multiprocessing import connection, get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -124,7 +126,8 @@ def run_processes(
                 daemon=True,
                 name=f"nomoe {device}",
             )
-            process.start()
+            with _ignoring_interrupts():
+                process.start()
             # the process has the other end alone, so that its death ends the pipe
             there.close()
             pipes[here] = process
@@ -133,7 +136,13 @@ def run_processes(
                 assert isinstance(pipe, Connection)
                 try:
                     message = pipe.recv()
-                except EOFError:
+                    if message is None:
+                        pipe.send(left[0] if left else None)
+                        if left:
+                            left.popleft()
+                        continue
+                # the other end is gone, before or after it had its answer
+                except (EOFError, ConnectionResetError, BrokenPipeError):
                     process = pipes.pop(pipe)
                     process.join()
                     if process.exitcode:
@@ -145,10 +154,7 @@ def run_processes(
                     continue
                 if isinstance(message, Exception):
                     raise message
-                if isinstance(message, Progress):
-                    report(message)
-                else:
-                    pipe.send(left.popleft() if left else None)
+                report(message)
     finally:
         for process in pipes.values():
             process.terminate()
@@ -156,10 +162,24 @@ def run_processes(
             process.join()
 
 
+@contextmanager
+def _ignoring_interrupts() -> Iterator[None]:
+    """Ignore interrupts, as a process begun meanwhile then does from its first moment on.
+
+    An interrupt reaches all processes of a terminal: the parent ends the others, politely.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    earlier = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, earlier)
+
+
 def _work(pipe: Connection, job: Job, device: str, threads: int) -> None:
     """Run a process until there are no shards left, or nobody to report to."""
-    # an interrupt reaches all processes of a terminal: the parent ends this one, politely
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     # the tokenizer's own threads, which otherwise are as many as cores in every process
     os.environ.setdefault("RAYON_NUM_THREADS", str(threads))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -32,7 +33,7 @@ def embed_dataset(
     actors: int | None = None,
     num_gpus: float | None = None,
     num_cpus: float | None = None,
-    readers: int = 1,
+    readers: int | None = None,
     **options: Unpack[Options],
 ) -> CorpusReport:
     """Embed files into a folder of shards on a Ray cluster.
@@ -49,11 +50,13 @@ def embed_dataset(
         num_gpus: GPUs of an actor, such as 0.5 for two on each; None takes 1 where the cluster has
             GPUs.
         num_cpus: CPUs of an actor; None takes 1, and none beside a GPU.
-        readers: Actors that read and tokenise, with a CPU each.
+        readers: Actors that read and tokenise, with a CPU each; None takes one for each model, as
+            far as the cluster has CPUs.
         **options: As for `nomoe.embed_corpus`, but no `workers`.
 
     Raises:
-        ValueError, ...: As `nomoe.embed_corpus`.
+        ValueError, ...: As `nomoe.embed_corpus`; or the cluster is too small, where Ray would
+            wait for ever.
         TypeError: `inputs` is a Ray Dataset, whose rows have no place of their own.
         ray.exceptions.RayError: The cluster failed; finished shards stay.
     """
@@ -73,10 +76,19 @@ def embed_dataset(
         raise ValueError(f"{output} has a suffix; a cluster writes a folder of shards")
     if not ray.is_initialized():
         ray.init()
-    gpus = ray.cluster_resources().get("GPU", 0)
+    resources = ray.cluster_resources()
+    cpus, gpus = resources.get("CPU", 0.0), resources.get("GPU", 0.0)
     num_gpus = min(1.0, gpus) if num_gpus is None else num_gpus
     num_cpus = (0.0 if num_gpus else 1.0) if num_cpus is None else num_cpus
     actors = actors or max(1, int(gpus / num_gpus) if num_gpus else 1)
+    readers = readers or max(1, min(actors, int(cpus - actors * num_cpus)))
+    needed = (actors * num_cpus + readers, actors * num_gpus)
+    if needed[0] > cpus or needed[1] > gpus:
+        raise ValueError(
+            f"{actors} actors and {readers} readers need {needed[0]:g} CPUs and {needed[1]:g} "
+            f"GPUs, and the cluster has {cpus:g} and {gpus:g}: lower actors=, readers=, num_cpus= "
+            "or num_gpus="
+        )
 
     # device, dtype and backend are settled where an actor would run, which may not be here
     # on another node a relative path would be another's
@@ -161,7 +173,8 @@ def _stages(
             WriteShard,
             fn_constructor_args=(job,),
             compute=ActorPoolStrategy(size=-(-actors // _ACTORS_PER_WRITER)),
-            num_cpus=0.5,
+            # mostly it waits for the disk, and it must never wait for a CPU
+            num_cpus=0,
         )
     )
 
@@ -182,6 +195,8 @@ class ReadShard:
 
     def __init__(self, job: Job, model: _SharedModel) -> None:
         self._job = job
+        # the tokenizer would take every core of the node, and the actor has one
+        os.environ.setdefault("RAYON_NUM_THREADS", "1")
         self._tokenize = WindowTokenizer(model.here(job.settings))
         self._reader = ShardReader(job.manifest.plan)
 

@@ -100,14 +100,8 @@ def test_the_same_rows_as_without_ray(
     table = pq.read_table(out)
     # row for row, and bit for bit
     assert table.equals(whole)
-    if actors == 4:
-        return
-    # either goes on where the other stopped
     (out / "part-000003.parquet").unlink()
     assert embed_corpus(corpus, out, **options).embedded == SHARD_ROWS
-    (out / "part-000005.parquet").unlink()
-    report = nomoe.ray.embed_dataset(corpus, out, actors=actors, **options)
-    assert (report.found, report.embedded) == (ROWS // SHARD_ROWS - 1, SHARD_ROWS)
     assert pq.read_table(out).equals(whole)
 
 
@@ -115,12 +109,18 @@ def test_an_actor_is_killed_and_the_job_is_whole(
     tmp_path: Path, cluster: None, corpus: Path, options: dict[str, Any], whole: Any
 ) -> None:
     out = tmp_path / "out"
+    # Ray goes on where a run without it stopped
+    embed_corpus(corpus, out, **options)
+    found = {"part-000002.parquet", "part-000007.parquet"}
+    for path in out.glob("part-*"):
+        if path.name not in found:
+            path.unlink()
     killed: list[int] = []
 
     def kill() -> None:
         while not killed:
             time.sleep(0.02)
-            if list(out.glob("part-*")):
+            if len(list(out.glob("part-*"))) > len(found):
                 actors = [pid for pid, name in descendants().items() if "EmbedShard" in name]
                 if actors:
                     os.kill(actors[0], signal.SIGKILL)
@@ -131,7 +131,7 @@ def test_an_actor_is_killed_and_the_job_is_whole(
     report = nomoe.ray.embed_dataset(corpus, out, actors=2, **options)
     killer.join(5)
     assert killed
-    assert report.embedded == ROWS
+    assert (report.found, report.embedded) == (2, ROWS - 2 * SHARD_ROWS)
     assert pq.read_table(out).equals(whole)
 
 
@@ -144,6 +144,8 @@ def test_errors_come_as_they_are_and_before_any_work(
         ({"column": "body"}, ValueError, "no column 'body'"),
         ({"workers": 2}, TypeError, "actors="),
         ({"actors": 0}, ValueError, "actors is 0"),
+        ({"actors": 6}, ValueError, "6 actors and 1 readers need 7 CPUs and 0 GPUs, and the"),
+        ({"num_gpus": 1}, ValueError, "need 1 CPUs and 1 GPUs"),
         ({"model": tmp_path / "none"}, FileNotFoundError, "none"),
     ):
         with pytest.raises(error, match=message):
