@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -53,7 +53,7 @@ class _File:
 
     def commit(self) -> None:
         """As `Output.commit`."""
-        with _named(self.path):
+        with _naming(self.path):
             self._stack.close()
 
     def abort(self) -> None:
@@ -68,18 +68,15 @@ class _AbortedError(Exception):
     """Ends the block of an output that is not to be."""
 
 
-class _named:  # noqa: N801 -- used as a statement
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
     """Name the file in an error of the file system, which otherwise says only what went wrong."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, OSError) and not error.filename and error.errno is not None:
-            raise OSError(error.errno, os.strerror(error.errno), str(self._path)) from error
+    try:
+        yield
+    except OSError as error:
+        if error.filename or error.errno is None:
+            raise
+        raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
 
 
 class ParquetOutput(_File):
@@ -157,14 +154,14 @@ class ParquetOutput(_File):
         import pyarrow as pa
 
         if self._parts:
-            with _named(self.path):
+            with _naming(self.path):
                 self._writer.write_table(pa.Table.from_batches(self._parts, self._schema))
             self._clear()
 
     def commit(self) -> None:
         """As `Output.commit`."""
         self._write()
-        with _named(self.path):
+        with _naming(self.path):
             self._writer.close()
         super().commit()
 
@@ -184,7 +181,7 @@ class NpyOutput(_File):
 
     def add(self, rows: Rows, columns: Sequence[Columns], vectors: Vectors) -> None:
         """As `Output.add`."""
-        with _named(self.path):
+        with _naming(self.path):
             self._writer.write(vectors)
 
     def commit(self) -> None:
@@ -207,7 +204,7 @@ class JsonlOutput(_File):
 
     def add(self, rows: Rows, columns: Sequence[Columns], vectors: Vectors) -> None:
         """As `Output.add`."""
-        with _named(self.path):
+        with _naming(self.path):
             for row, along, vector in zip(rows, as_dicts(columns), vectors, strict=True):
                 number = {ROW_COLUMN: int(row)} if self._numbered else {}
                 self.file.write(_json_line(number | along | {VECTOR_COLUMN: _numbers(vector)}))
