@@ -645,8 +645,16 @@ def test_an_input_that_changes_during_a_run_ends_it(
 ) -> None:
     source, _ = begun
     plan = make_plan(find_sources(source), shard_rows=30, form="parquet")
-    source.write_text("".join(source.read_text().splitlines(keepends=True)[:40]))
-    with pytest.raises(RuntimeError, match=r"in\.jsonl changed while it was being read"):
+    content, modified = source.read_text(), source.stat().st_mtime_ns
+    # as many rows, and as many bytes
+    source.write_text(content.replace('"00040"', '"00041"'))
+    with pytest.raises(RuntimeError, match=r"in\.jsonl changed after it was read first"):
+        list(ShardReader(plan).windows(1, 4096))
+    # fewer rows, as they may be found behind the file system's back
+    padding = " " * (len(content) - len(content[: content.index('{"id": "00040"')]))
+    source.write_text(content[: content.index('{"id": "00040"')] + padding)
+    os.utime(source, ns=(modified, modified))
+    with pytest.raises(RuntimeError, match=r"in\.jsonl changed after it was read first"):
         list(ShardReader(plan).windows(1, 4096))
 
 

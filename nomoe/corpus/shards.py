@@ -16,6 +16,7 @@ from .embedder import Embedder
 from .outputs import Output
 from .plan import Piece, Plan
 from .rows import Block, Columns, Place, good_columns, read_blocks, slice_columns
+from .sources import look_again
 
 # blocks of vectors that wait to be written
 _WRITES_AHEAD = 2
@@ -90,6 +91,8 @@ class ShardReader:
         is_ahead = piece.row == self._row or (piece.row > self._row and not piece.offset)
         if piece.file != self._file or not is_ahead:
             file = self._plan.files[piece.file]
+            if look_again(file.source) != file.source:
+                raise self._changed(piece)
             place = Place(piece.row, piece.offset)
             self._blocks = read_blocks(file.source, self._plan.column, self._plan.columns, place)
             self._file, self._row, self._rest = piece.file, piece.row, None
@@ -107,7 +110,8 @@ class ShardReader:
                 yield _slice_block(block, start, stop)
 
     def _changed(self, piece: Piece) -> RuntimeError:
-        return RuntimeError(f"{self._plan.files[piece.file].path} changed while it was being read")
+        path = self._plan.files[piece.file].path
+        return RuntimeError(f"{path} changed after it was read first: its rows may be others now")
 
 
 def _slice_block(block: Block, start: int, stop: int) -> Block:

@@ -91,6 +91,18 @@ def require_pyarrow(purpose: str) -> None:
         raise ImportError(f"{purpose} needs pyarrow: pip install 'nomoe[parquet]'") from error
 
 
+def look_again(source: Source) -> Source:
+    """Return what a file is now.
+
+    Raises:
+        FileNotFoundError: It is gone.
+    """
+    if "://" not in source.path:
+        return _local(Path(source.path))
+    (found,) = _find_remote(source.path)
+    return found
+
+
 def open_source(path: str) -> BinaryIO:
     """Open a file of this machine or a URI for reading at any place."""
     if "://" not in path:
