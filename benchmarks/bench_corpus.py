@@ -293,7 +293,7 @@ def main(arguments: list[str] | None = None) -> int:
         "max_abs": deviation.max_abs,
         "ray": on_ray,
     }
-    stem = "bench_corpus" + ("-smoke" if args.smoke else "")
+    stem = "bench_corpus" + ("-ray" if args.ray else "") + ("-smoke" if args.smoke else "")
     text = render(record)
     print(text)
     for path in harness.write_results(record, args.output, stem, text):
@@ -304,7 +304,8 @@ def main(arguments: list[str] | None = None) -> int:
         *([f"overhead {overhead:.1%}"] if overhead > MOST_OVERHEAD else []),
         *([f"memory {growth:+.1%}"] if abs(growth) > MOST_GROWTH else []),
     ]
-    if missed and not args.smoke:
+    # of fewer rows too large a part is beginning
+    if missed and rows >= 1_000_000:
         print(f"over the bound: {', '.join(missed)}", file=sys.stderr)
         return 1
     return 0

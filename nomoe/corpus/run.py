@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -120,7 +120,7 @@ def embed_corpus(
     if request.is_folder:
         if overwrite:
             raise ValueError(f"overwrite is for one file; to begin anew, remove {output}")
-        return _to_folder(request)
+        return write_folder(request, _embed)
     check_output(request.output, OUTPUT_SUFFIXES, overwrite=overwrite)
     return _to_file(request)
 
@@ -162,7 +162,19 @@ class _Uncommitted:
         """Leave it open."""
 
 
-def _to_folder(request: Request) -> CorpusReport:
+def write_folder(
+    request: Request,
+    embed: Callable[[Request, Job, list[int], Callable[[Progress], None]], None],
+) -> CorpusReport:
+    """Write a folder of shards, or what is missing of one.
+
+    Args:
+        request: Whose output is a folder.
+        embed: Embeds shards of a job, and reports each when it is there.
+
+    Raises:
+        As `embed_corpus`.
+    """
     folder = request.output
     check_folder(folder)
     with locked(folder):
@@ -174,23 +186,23 @@ def _to_folder(request: Request) -> CorpusReport:
         job = Job(request.settings, manifest, folder)
         rows = sum(plan.shards[index].rows for index in todo)
         with counting(request, plan, rows, len(finished)) as count:
-            _embed(job, request.devices, todo, count)
+            if not plan.rows:
+                # the only shard has no row
+                for index in todo:
+                    job.open_output(index).commit()
+                    count(Progress(0, 0, 0, index))
+            elif todo:
+                embed(request, job, todo, count)
         manifest.complete(folder)
     return count.report(request, plan, len(plan.shards), len(finished))
 
 
-def _embed(job: Job, devices: list[str], todo: list[int], count: _Count) -> None:
-    if not job.manifest.plan.rows:
-        # the only shard has no row
-        for index in todo:
-            job.open_output(index).commit()
-            count(Progress(0, 0, 0, index))
-        return
-    devices = devices[: len(todo)]
+def _embed(request: Request, job: Job, todo: list[int], report: Callable[[Progress], None]) -> None:
+    devices = request.devices[: len(todo)]
     if len(devices) == 1:
-        run_here(job, devices[0], todo, count)
-    elif devices:
-        run_processes(job, devices, todo, count)
+        run_here(job, devices[0], todo, report)
+    else:
+        run_processes(job, devices, todo, report)
 
 
 def begin(request: Request) -> tuple[Request, Manifest]:

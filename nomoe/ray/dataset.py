@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
@@ -12,9 +12,8 @@ import numpy as np
 
 from ..checkpoint import DEFAULT_REPO, locate
 from ..corpus.embedder import Embedder, ModelSettings, WindowTokenizer
-from ..corpus.manifest import check_folder, finished_shards, locked, remove_unfinished
 from ..corpus.request import Options, Request, make_request
-from ..corpus.run import CorpusReport, begin, counting
+from ..corpus.run import CorpusReport, write_folder
 from ..corpus.shards import Progress, ShardReader
 from ..corpus.workers import Job
 from ..tokenizer import Tokens
@@ -60,7 +59,7 @@ def embed_dataset(
         TypeError: `inputs` is a Ray Dataset, whose rows have no place of their own.
         ray.exceptions.RayError: The cluster failed; finished shards stay.
     """
-    import ray
+    import ray.data
 
     if isinstance(inputs, ray.data.Dataset):
         raise TypeError(
@@ -90,7 +89,6 @@ def embed_dataset(
             "or num_gpus="
         )
 
-    # device, dtype and backend are settled where an actor would run, which may not be here
     # on another node a relative path would be another's
     given = [inputs] if isinstance(inputs, str | Path) else list(inputs)
     given = [one if "://" in str(one) else Path(one).expanduser().absolute() for one in given]
@@ -98,6 +96,7 @@ def embed_dataset(
     local = Path(options.get("model", DEFAULT_REPO)).expanduser()
     if local.is_dir():
         options["model"] = local.absolute()
+    # device, dtype and backend are settled where an actor would run, which may not be here
     settle = ray.remote(num_cpus=num_cpus, num_gpus=num_gpus)(_settle)
     settled = ray.get(settle.remote(given, output, options))
     if isinstance(settled, Exception):
@@ -105,27 +104,19 @@ def embed_dataset(
     request: Request = settled
     folder = locate(request.model, revision=options.get("revision"))
     request = replace(request, settings=replace(request.settings, folder=folder))
-    check_folder(request.output)
-    with locked(request.output):
-        remove_unfinished(request.output)
-        request, manifest = begin(request)
-        finished = finished_shards(request.output, manifest)
-        todo = [index for index in range(len(manifest.plan.shards)) if index not in finished]
-        job = Job(request.settings, manifest, request.output)
-        rows = sum(manifest.plan.shards[index].rows for index in todo)
-        with counting(request, manifest.plan, rows, len(finished)) as count:
-            if not manifest.plan.rows:
-                for index in todo:
-                    job.open_output(index).commit()
-                    count(Progress(0, 0, 0, index))
-            elif todo:
-                model = _SharedModel(request.model, options.get("revision"))
-                pools = {"actors": min(actors, len(todo)), "readers": min(readers, len(todo))}
-                dataset = _stages(job, model, todo, num_gpus=num_gpus, num_cpus=num_cpus, **pools)
-                for row in dataset.iter_rows():
-                    count(Progress(row["rows"], row["tokens"], row["cut"], row["shard"]))
-        manifest.complete(request.output)
-    return count.report(request, manifest.plan, len(manifest.plan.shards), len(finished))
+
+    def embed(
+        request: Request, job: Job, todo: list[int], report: Callable[[Progress], None]
+    ) -> None:
+        # of the devices that an actor has, the first
+        device = request.devices[0].partition(":")[0]
+        model = _SharedModel(request.model, options.get("revision"), device)
+        pools = {"actors": min(actors, len(todo)), "readers": min(readers, len(todo))}
+        dataset = _stages(job, model, todo, num_gpus=num_gpus, num_cpus=num_cpus, **pools)
+        for row in dataset.iter_rows():
+            report(Progress(row["rows"], row["tokens"], row["cut"], row["shard"]))
+
+    return write_folder(request, embed)
 
 
 def _settle(
@@ -182,8 +173,8 @@ def _stages(
 class _SharedModel:
     """A checkpoint, found anew on every node."""
 
-    def __init__(self, name: str, revision: str | None) -> None:
-        self._name, self._revision = name, revision
+    def __init__(self, name: str, revision: str | None, device: str) -> None:
+        self._name, self._revision, self.device = name, revision, device
 
     def here(self, settings: ModelSettings) -> ModelSettings:
         """Return settings with the folder that this node has it in."""
@@ -229,7 +220,7 @@ class EmbedShard:
     """Stage of `embed_dataset`: the vectors of a shard's token ids; nothing but forwards."""
 
     def __init__(self, job: Job, model: _SharedModel) -> None:
-        self._embedder = Embedder(model.here(job.settings))
+        self._embedder = Embedder(model.here(job.settings), model.device)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         """Put vectors in the place of token ids."""
