@@ -533,6 +533,7 @@ def test_smoke_run_of_the_engine(tmp_path):
 # --- bench_corpus ---
 
 
+@pytest.mark.slow
 def test_smoke_run_of_a_corpus(tmp_path):
     command = ["benchmarks/bench_corpus.py", "--smoke", "--rows=900"]
     search = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])

@@ -94,6 +94,7 @@ def forks() -> Any:
 # --- killed ---
 
 
+@pytest.mark.slow
 def test_killed_at_ten_moments_the_union_is_the_uninterrupted_run(
     tmp_path: Path, corpus: Path, options: dict[str, Any], whole: dict[str, bytes], forks: Any
 ) -> None:
@@ -134,6 +135,7 @@ def test_killed_at_ten_moments_the_union_is_the_uninterrupted_run(
     assert_whole(tmp_path / f"out{runs}", whole)
 
 
+@pytest.mark.slow
 def test_several_processes_give_the_same_shards(
     tmp_path: Path, corpus: Path, options: dict[str, Any], whole: dict[str, bytes]
 ) -> None:
@@ -142,6 +144,7 @@ def test_several_processes_give_the_same_shards(
     assert_whole(tmp_path / "out", whole)
 
 
+@pytest.mark.slow
 def test_the_parent_or_a_process_is_killed(
     tmp_path: Path, corpus: Path, options: dict[str, Any], whole: dict[str, bytes], forks: Any
 ) -> None:
@@ -183,6 +186,7 @@ def test_the_parent_or_a_process_is_killed(
     assert_whole(out, whole)
 
 
+@pytest.mark.slow
 def test_an_interrupt_says_how_to_go_on(
     tmp_path: Path, corpus: Path, options: dict[str, Any], whole: dict[str, bytes]
 ) -> None:

@@ -90,6 +90,7 @@ def descendants() -> dict[int, str]:
     return {pid: command for pid, command in commands.items() if is_ours(pid)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("actors", [2, 4])
 def test_the_same_rows_as_without_ray(
     tmp_path: Path, cluster: None, corpus: Path, options: dict[str, Any], whole: Any, actors: int
@@ -105,6 +106,7 @@ def test_the_same_rows_as_without_ray(
     assert pq.read_table(out).equals(whole)
 
 
+@pytest.mark.slow
 def test_an_actor_is_killed_and_the_job_is_whole(
     tmp_path: Path, cluster: None, corpus: Path, options: dict[str, Any], whole: Any
 ) -> None:
@@ -229,6 +231,7 @@ def test_rows_without_a_text(
     assert "1 of 3 rows of a batch have no text and are dropped" in warnings_of_nomoe.text
 
 
+@pytest.mark.slow
 def test_a_pipeline_with_rays_own_checkpoint(
     tmp_path: Path, cluster: None, corpus: Path, shallow_folder: Path, whole: Any
 ) -> None:
