@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import random
+import shutil
 from itertools import chain, cycle
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 
 from nomoe import NomicMoEConfig, NomicMoEModel, data
+from nomoe.checkpoint import CONFIG_FILE, WEIGHTS_FILE
 from nomoe.moe import MoE, router_input
 from nomoe.synthetic import random_model
 from nomoe.tokenizer import Tokenizer
@@ -141,3 +146,18 @@ def draw_model(
     for handle in handles:
         handle.remove()
     return model
+
+
+def write_shallow(checkpoint: Path, folder: Path, layers: int = 2) -> Path:
+    """Copy a checkpoint with its first layers alone, so that work around the model shows."""
+    shutil.copytree(checkpoint, folder)
+    config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    (folder / CONFIG_FILE).write_text(json.dumps(config | {"n_layer": layers}), encoding="utf-8")
+    kept = {
+        name: tensor
+        for name, tensor in load_file(folder / WEIGHTS_FILE).items()
+        if not name.startswith("encoder.layers.") or int(name.split(".")[2]) < layers
+    }
+    (folder / WEIGHTS_FILE).unlink()
+    save_file(kept, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    return folder

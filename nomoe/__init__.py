@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from . import synthetic
     from .config import NomicMoEConfig
+    from .corpus import embed_corpus
     from .encoder import Encoder
     from .integrations.checking import check
     from .integrations.mteb import mteb_model
@@ -33,6 +34,7 @@ __all__ = [
     "Routes",
     "__version__",
     "check",
+    "embed_corpus",
     "mteb_model",
     "register",
     "sentence_transformer",
@@ -47,6 +49,7 @@ _HOME = {
     "Routes": "routes",
     "check": "integrations.checking",
     "mteb_model": "integrations.mteb",
+    "embed_corpus": "corpus",
     "register": "integrations.transformers",
     "sentence_transformer": "integrations.sentence_transformers",
     "unregister": "integrations.transformers",

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 # from checkpoint.py, which would import torch
 _DEFAULT_REPO = "nomic-ai/nomic-embed-text-v2-moe"
-_PRECISIONS = ("float32", "int8", "uint8", "binary", "ubinary")
+# and from corpus/embedder.py
+_PRECISIONS = ("float32", "float16", "int8", "uint8", "binary", "ubinary")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -65,10 +66,20 @@ def _parser() -> argparse.ArgumentParser:
         "--folder", type=Path, help="keep the checkpoint there (default: a temporary folder)"
     )
 
-    embed = add("embed", "Embed the texts of a file.")
-    embed.add_argument("input", type=Path, metavar="INPUT", help=".txt (a text a line) or .jsonl")
+    embed = add("embed", "Embed the texts of files, and go on where a run was interrupted.")
     embed.add_argument(
-        "-o", "--output", type=Path, required=True, metavar="OUT", help=".npy or .jsonl"
+        "input",
+        nargs="+",
+        metavar="INPUT",
+        help=".parquet, .arrow, .jsonl, .csv or .txt (a text a line); a folder, a pattern, a URI",
+    )
+    embed.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        required=True,
+        metavar="OUT",
+        help="a folder of Parquet shards, which resumes; or one .npy, .jsonl or .parquet file",
     )
     embed.add_argument(
         "--prompt",
@@ -77,13 +88,35 @@ def _parser() -> argparse.ArgumentParser:
         help="prompt of every text: query, document, ...; '' for none (default: %(default)s)",
     )
     embed.add_argument("--dim", type=int, help="keep the first features only (default: all 768)")
+    embed.add_argument("--column", default="text", help="where the text is (default: %(default)s)")
     embed.add_argument(
-        "--column", default="text", help="where .jsonl objects have the text (default: %(default)s)"
+        "--columns",
+        metavar="NAMES",
+        help="columns that go along, with commas; '' for none (default: all)",
     )
     embed.add_argument("--precision", choices=_PRECISIONS, default="float32")
     embed.add_argument("--max-seq-length", type=int, metavar="TOKENS", help="(default: 512)")
     embed.add_argument("--batch-tokens", type=int, metavar="TOKENS", help="most tokens of a batch")
-    embed.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
+    embed.add_argument(
+        "--on-bad",
+        choices=("fail", "skip"),
+        default="fail",
+        help="rows without a text: refuse the input, or leave them out (default: %(default)s)",
+    )
+    embed.add_argument("--limit", type=int, metavar="ROWS", help="read only so many rows")
+    embed.add_argument(
+        "--shard-rows", type=int, metavar="ROWS", help="(default: 4096 on a CPU, 32768 on a GPU)"
+    )
+    embed.add_argument(
+        "--workers",
+        type=int,
+        metavar="PROCESSES",
+        help="(default: one for each GPU; on a CPU one for each 8 cores)",
+    )
+    embed.add_argument(
+        "--dry-run", action="store_true", help="count, estimate time and size, write nothing"
+    )
+    embed.add_argument("--overwrite", action="store_true", help="replace OUT if it is a file")
     _add_model_options(embed)
 
     verify = add("verify", "Check this machine's results against golden data. Exits 1 on a miss.")
@@ -100,7 +133,10 @@ def _parser() -> argparse.ArgumentParser:
 
     route = add("route", "Show which experts the texts of a file use, layer by layer.")
     route.add_argument(
-        "input", type=Path, metavar="TEXTFILE", help=".txt (a text a line) or .jsonl"
+        "input",
+        type=Path,
+        metavar="TEXTFILE",
+        help="what embed reads: .txt, .jsonl, ...",
     )
     route.add_argument(
         "-o",
@@ -140,54 +176,58 @@ def _demo(options: argparse.Namespace) -> int:
 
 
 def _embed(options: argparse.Namespace) -> int:
-    from itertools import tee
+    from .corpus import embed_corpus, estimate_corpus
 
-    from .files import (
-        OUTPUT_SUFFIXES,
-        atomic_output,
-        check_output,
-        read_rows,
-        write_jsonl,
-        write_npy,
-    )
-
-    check_output(options.output, OUTPUT_SUFFIXES, overwrite=options.overwrite)
-    # the whole input is read once before the model is, so that a bad line costs no work
-    total = sum(1 for _ in _texts(options))
-    encoder = _load(options, max_seq_length=options.max_seq_length, truncate_dim=options.dim)
-    to_jsonl = options.output.suffix == ".jsonl"
-    texts: Iterator[str]
-    if to_jsonl:
-        rows, ahead = tee(read_rows(options.input, options.column))
-        texts = (row.text for row in ahead)
-    else:
-        texts = _texts(options)
-    parts = encoder.stream(
-        texts,
-        prompt_name=options.prompt or None,
-        prompt=None if options.prompt else "",
-        precision=options.precision,
-        batch_tokens=options.batch_tokens,
-        total=total,
-    )
-    with atomic_output(options.output) as file:
-        if to_jsonl:
-            write_jsonl(file, rows, parts)
-        else:
-            example = encoder.encode([], precision=options.precision)
-            write_npy(file, parts, example.shape[1], example.dtype)
-    print(f"{total:,} texts -> {options.output}")
+    columns = options.columns
+    settings: dict[str, Any] = {
+        "model": options.model,
+        "revision": options.revision,
+        "device": options.device,
+        "dtype": options.dtype,
+        "backend": options.backend,
+        "prompt_name": options.prompt or None,
+        "prompt": None if options.prompt else "",
+        "dim": options.dim,
+        "precision": options.precision,
+        "max_seq_length": options.max_seq_length,
+        "batch_tokens": options.batch_tokens,
+        "column": options.column,
+        "columns": None if columns is None else [one for one in columns.split(",") if one],
+        "on_bad": options.on_bad,
+        "limit": options.limit,
+        "shard_rows": options.shard_rows,
+        "workers": options.workers,
+    }
+    if options.dry_run:
+        for line in estimate_corpus(options.input, options.output, **settings).lines():
+            print(line)
+        return 0
+    report = embed_corpus(options.input, options.output, overwrite=options.overwrite, **settings)
+    print(f"{report.rows:,} texts -> {report.output}")
+    if report.found:
+        print(f"{report.found:,} of {report.shards:,} shards were there already")
+    if report.bad:
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in report.bad.items())
+        print(f"rows left out: {reasons}")
     return 0
 
 
 def _texts(options: argparse.Namespace) -> Iterator[str]:
     """Read and check the texts of the input file, one at a time."""
-    from .files import read_rows
-    from .tokenizer import check_texts
+    from .corpus.rows import read_blocks
+    from .corpus.sources import find_sources
 
-    for position, row in enumerate(read_rows(options.input, options.column)):
-        check_texts([row.text], position)
-        yield row.text
+    for source in find_sources(options.input):
+        row = 0
+        for block in read_blocks(source, options.column, columns=()):
+            for text in block.texts:
+                if text is None:
+                    raise ValueError(
+                        f"{source.path}, row {row} (the first is 0): "
+                        + next(iter(block.problems.values()))
+                    )
+                row += 1
+                yield text
 
 
 def _load(options: argparse.Namespace, **settings: Any) -> Encoder:

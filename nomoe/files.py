@@ -1,74 +1,16 @@
-"""Texts from files and vectors into files; an output is either whole or not there."""
+"""Files that are either whole or not there."""
 
 from __future__ import annotations
 
-import json
 import os
 import secrets
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
-
-INPUT_SUFFIXES = (".txt", ".jsonl")
-OUTPUT_SUFFIXES = (".npy", ".jsonl")
-VECTOR_COLUMN = "embedding"
-
-
-class Row(NamedTuple):
-    """One text and the columns that travel with it."""
-
-    text: str
-    columns: dict[str, Any]
-
-
-def read_rows(path: Path, column: str) -> Iterator[Row]:
-    """Read texts one at a time.
-
-    A .txt file holds one text a line; every line counts, empty ones too, so that row i of the
-    output is line i. A .jsonl file holds one object a line.
-
-    Args:
-        path: .txt or .jsonl, UTF-8.
-        column: Where a .jsonl object has its text.
-
-    Raises:
-        FileNotFoundError: No such file.
-        ValueError: Another suffix, bytes that are not UTF-8, a line that is not a JSON object, no
-            text in the column, or a column that the output would overwrite; with the line number.
-    """
-    if path.suffix not in INPUT_SUFFIXES:
-        raise ValueError(f"{path} has suffix {path.suffix!r}, expected .txt or .jsonl")
-    # newline="\n": only a line feed ends a line, so a stray carriage return shifts no row
-    with path.open(encoding="utf-8-sig", newline="\n") as lines:
-        number = 0
-        while True:
-            number += 1
-            try:
-                line = next(lines, None)
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{path}, near line {number}: not UTF-8: {error}") from error
-            if line is None:
-                return
-            line = line.removesuffix("\n").removesuffix("\r")
-            if path.suffix == ".txt":
-                yield Row(line, {"text": line})
-                continue
-            try:
-                columns = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number}: not JSON: {error}") from error
-            text = columns.get(column) if isinstance(columns, dict) else None
-            if not isinstance(text, str):
-                raise ValueError(f"{path}, line {number}: no text in column {column!r}")
-            if VECTOR_COLUMN in columns:
-                raise ValueError(
-                    f"{path}, line {number}: already has {VECTOR_COLUMN!r}, which the output adds"
-                )
-            yield Row(text, columns)
 
 
 def check_output(path: Path, suffixes: Sequence[str], *, overwrite: bool) -> None:
@@ -104,52 +46,62 @@ def atomic_output(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(unfinished, path)
+        _sync_folder(path.parent)
     except BaseException:
         unfinished.unlink(missing_ok=True)
         raise
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a new name as durable as the file, where a folder can be opened."""
+    if os.name != "posix":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _beside(path: Path) -> Path:
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}")
 
 
-def write_npy(
-    file: BinaryIO, parts: Iterator[npt.NDArray[Any]], dim: int, dtype: npt.DTypeLike
-) -> int:
-    """Write (m, d) arrays as one .npy of unknown length; returns the number of rows."""
-    header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False}
-    # numpy pads the header so that the first axis can grow in place
-    np.lib.format.write_array_header_1_0(file, header | {"shape": (0, dim)})
-    start = file.tell()
-    rows = 0
-    for part in parts:
-        file.write(np.ascontiguousarray(part).tobytes())
-        rows += len(part)
-    file.seek(0)
-    np.lib.format.write_array_header_1_0(file, header | {"shape": (rows, dim)})
-    if file.tell() != start:
-        raise RuntimeError("numpy left no room in the .npy header for the number of rows")
-    file.seek(0, os.SEEK_END)
-    return rows
+class NpyWriter:
+    """Writes (m, d) arrays as one .npy, whose length is known at the end.
 
+    Args:
+        file: At its beginning.
+        dim: Numbers of a row.
+        dtype: Their type.
+    """
 
-def write_jsonl(file: BinaryIO, rows: Iterator[Row], parts: Iterator[npt.NDArray[Any]]) -> int:
-    """Write each row's columns and its vector as a line of JSON; returns the number of rows."""
-    written = 0
-    for part in parts:
-        for vector in part:
-            # str() of a float32 is the shortest text that reads back as the same float32
-            numbers = (
-                [float(str(value)) for value in vector]
-                if vector.dtype == np.float32
-                else vector.tolist()
-            )
-            columns = next(rows).columns | {VECTOR_COLUMN: numbers}
-            try:
-                line = json.dumps(columns, ensure_ascii=False).encode()
-            except UnicodeEncodeError:
-                # a lone surrogate in a column that passes through has no UTF-8, only an escape
-                line = json.dumps(columns).encode()
-            file.write(line + b"\n")
-            written += 1
-    return written
+    def __init__(self, file: BinaryIO, dim: int, dtype: npt.DTypeLike) -> None:
+        self._file = file
+        self._dim = dim
+        self._dtype = np.dtype(dtype)
+        self.rows = 0
+        self._write_header()
+        self._start = file.tell()
+
+    def _write_header(self) -> None:
+        # numpy pads the header so that the first axis can grow in place
+        header = {"descr": np.lib.format.dtype_to_descr(self._dtype), "fortran_order": False}
+        np.lib.format.write_array_header_1_0(self._file, header | {"shape": (self.rows, self._dim)})
+
+    def write(self, part: npt.NDArray[Any]) -> None:
+        """Append rows."""
+        self._file.write(np.ascontiguousarray(part, self._dtype).tobytes())
+        self.rows += len(part)
+
+    def finish(self) -> None:
+        """Write the number of rows; all are in.
+
+        Raises:
+            RuntimeError: numpy left no room for it.
+        """
+        self._file.seek(0)
+        self._write_header()
+        if self._file.tell() != self._start:
+            raise RuntimeError("numpy left no room in the .npy header for the number of rows")
+        self._file.seek(0, os.SEEK_END)

@@ -13,6 +13,7 @@ if not torch.cuda.is_available():
     # decides at the import of a kernel how it runs
     os.environ["TRITON_INTERPRET"] = "1"
 
+from benchmarks.workload import write_shallow
 from nomoe import Encoder, NomicMoEModel, synthetic
 from nomoe.verify import full_width_model
 
@@ -34,6 +35,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A synthetic checkpoint: twelve layers, width 96. Tests must not write into it."""
     return synthetic.write_checkpoint(tmp_path_factory.mktemp("synthetic") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def shallow_folder(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with two layers, for tests of what is around a model. Tests must not write there."""
+    return write_shallow(tiny_folder, tmp_path_factory.mktemp("shallow") / "shallow")
 
 
 @pytest.fixture

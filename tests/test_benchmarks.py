@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import harness, peers, report, stock, workload
 from benchmarks.harness import Case, Contender, Deviation, DisagreementError
-from nomoe import NomicMoEConfig, NomicMoEModel, data
+from nomoe import NomicMoEConfig, NomicMoEModel, data, embed_corpus
 from nomoe.synthetic import random_model, write_checkpoint
 from nomoe.tokenizer import Tokenizer
 from nomoe.verify import golden_cases
@@ -751,3 +751,49 @@ def test_smoke_run_of_the_engine(tmp_path):
     # every length from 8 to 512 is as likely, and the prompt adds a few
     assert 40 * 180 < record["cases"][-1]["tokens"] < 40 * 360
     assert record["settings"]["token budget"] == 4096
+
+
+# --- bench_corpus ---
+
+
+@pytest.mark.slow
+def test_smoke_run_of_a_corpus(tmp_path):
+    command = ["benchmarks/bench_corpus.py", "--smoke", "--rows=900"]
+    search = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    done = subprocess.run(
+        [sys.executable, *command, "--output", str(tmp_path)],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": search},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    content = json.loads(next(tmp_path.glob("*-bench_corpus-smoke.json")).read_text())
+    one = content["one_process"]
+    assert one["rows"] == content["checked"] == 900
+    assert 0 < one["forward_s"] < one["seconds"]
+    assert 0 < one["reading_s"] < one["seconds"]
+    assert content["max_abs"] <= 2e-6
+    overhead = (one["seconds"] - one["forward_s"]) / one["seconds"]
+    assert f"Overhead {overhead:.1%} (at most 15%)" in done.stdout
+
+
+@pytest.mark.parametrize("mistake", ["vector", "row"])
+def test_a_corpus_that_is_off_leaves_no_figure(monkeypatch, tmp_path, tiny_folder, mistake):
+    pa, pq = (pytest.importorskip(name) for name in ("pyarrow", "pyarrow.parquet"))
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    bench = importlib.import_module("bench_corpus")
+    bench.write_corpus(tmp_path / "in", 50)
+    embed_corpus(tmp_path / "in", tmp_path / "out.parquet", model=tiny_folder, device="cpu")
+    assert bench.check(tmp_path / "in", tmp_path / "out.parquet", tiny_folder, 50).max_abs <= 2e-6
+    table = pq.read_table(tmp_path / "out.parquet")
+    if mistake == "row":
+        table = pa.concat_tables([table.slice(0, 20), table.slice(19, 1), table.slice(21)])
+    else:
+        order = [1, 0, *range(2, 50)]
+        table = table.set_column(3, table.schema.field(3), table["embedding"].take(order))
+    pq.write_table(table, tmp_path / "out.parquet")
+    # the script's own harness
+    with pytest.raises(bench.harness.DisagreementError):
+        bench.check(tmp_path / "in", tmp_path / "out.parquet", tiny_folder, 50)

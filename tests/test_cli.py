@@ -8,14 +8,17 @@ import stat
 import subprocess
 import sys
 import time
-import weakref
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import pytest
 import torch
 
 from nomoe import Encoder, cli, data, files
+from nomoe.corpus.outputs import JsonlOutput
+from nomoe.corpus.rows import read_blocks
+from nomoe.corpus.sources import find_sources
 from nomoe.moe import cpu_ops
 
 ROOT = Path(__file__).parent.parent
@@ -92,47 +95,43 @@ def test_embed_jsonl_keeps_columns(tmp_path: Path, tiny_folder: Path, encoder: E
 
 def test_json_numbers_read_back_exactly(tmp_path: Path) -> None:
     vectors = np.random.default_rng(0).standard_normal((3, 5)).astype(np.float32)
-    with files.atomic_output(tmp_path / "out.jsonl") as file:
-        files.write_jsonl(
-            file, iter([files.Row("a", {"id": i}) for i in range(3)]), iter([vectors])
-        )
-    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
-    assert np.array_equal(np.array([row["embedding"] for row in rows], np.float32), vectors)
+    for dtype in (np.float32, np.float16):
+        out = JsonlOutput(tmp_path / "out.jsonl", numbered=False)
+        out.add(np.arange(3), [[{"id": i} for i in range(3)]], vectors.astype(dtype))
+        out.commit()
+        rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+        found = np.array([row["embedding"] for row in rows], dtype)
+        assert np.array_equal(found, vectors.astype(dtype))
 
 
 def test_what_has_no_utf8_passes_through_escaped(tmp_path: Path) -> None:
-    rows = [files.Row("a", {"title": "\ud800é"}), files.Row("b", {"title": "é"})]
-    with files.atomic_output(tmp_path / "out.jsonl") as file:
-        files.write_jsonl(file, iter(rows), iter([np.zeros((2, 1), np.float32)]))
+    out = JsonlOutput(tmp_path / "out.jsonl", numbered=False)
+    out.add(np.arange(2), [[{"title": "\ud800é"}, {"title": "é"}]], np.zeros((2, 1), np.float32))
+    out.commit()
     written = (tmp_path / "out.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line)["title"] for line in written] == ["\ud800é", "é"]
 
 
-def test_embed_to_npy_holds_no_rows(
-    tmp_path: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Rows that are read ahead for the other format must not pile up for this one."""
-    source = tmp_path / "in.jsonl"
-    source.write_text("".join(f'{{"text": "t{i}"}}\n' for i in range(400)))
-    alive: weakref.WeakSet[Tracked] = weakref.WeakSet()
-    most = 0
-
-    class Tracked(dict):  # type: ignore[type-arg]
-        __hash__ = object.__hash__  # type: ignore[assignment]
-
-    def tracked(path: Path, column: str):  # type: ignore[no-untyped-def]
-        nonlocal most
-        for i in range(400):
-            columns = Tracked(text=f"t{i}")
-            alive.add(columns)
-            most = max(most, len(alive))
-            yield files.Row(columns["text"], columns)
-
-    monkeypatch.setattr(files, "read_rows", tracked)
-    out = tmp_path / "o.npy"
-    assert run("embed", source, "-o", out, "--model", tiny_folder, "--batch-tokens", 1) == 0
-    assert np.load(out).shape == (400, 96)
-    assert most < 50
+def test_text_and_jsonl_need_no_pyarrow(text_file: Path, tiny_folder: Path) -> None:
+    code = (
+        "import sys; sys.path[:0] = ['.', 'kernels']; sys.modules['pyarrow'] = None\n"
+        "from nomoe import cli\n"
+        f"source, out = {str(text_file)!r}, {str(text_file.with_name('o.jsonl'))!r}\n"
+        f"model = ['--model', {str(tiny_folder)!r}, '--device', 'cpu']\n"
+        "done = cli.main(['embed', source, '-o', out, *model])\n"
+        "done += cli.main(['embed', out, '-o', source + '.npy', '--columns', 'text', *model])\n"
+        "assert done == 0\n"
+        "assert cli.main(['embed', out, '-o', source + '.parquet', *model]) == 2\n"
+        "assert cli.main(['embed', source + '.parquet', '-o', source + '.2.npy', *model]) == 2\n"
+    )
+    text_file.with_name("texts.txt.parquet").write_bytes(b"PAR1")
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "writing Parquet needs pyarrow: pip install 'nomoe[parquet]'" in done.stderr
+    assert "reading parquet files needs pyarrow: pip install 'nomoe[parquet]'" in done.stderr
+    assert np.load(str(text_file) + ".npy").shape == (5, 96)
 
 
 def test_sigterm_leaves_nothing(text_file: Path, tiny_folder: Path) -> None:
@@ -152,7 +151,11 @@ def test_sigterm_leaves_nothing(text_file: Path, tiny_folder: Path) -> None:
 def test_npy_of_many_parts(tmp_path: Path) -> None:
     parts = [np.full((n, 3), n, np.float32) for n in (0, 1, 1000, 99_999)]
     with files.atomic_output(tmp_path / "out.npy") as file:
-        assert files.write_npy(file, iter(parts), 3, np.float32) == 101_000
+        writer = files.NpyWriter(file, 3, np.float32)
+        for part in parts:
+            writer.write(part)
+        writer.finish()
+    assert writer.rows == 101_000
     assert np.array_equal(np.load(tmp_path / "out.npy"), np.concatenate(parts))
 
 
@@ -164,7 +167,8 @@ def test_an_empty_file_gives_no_rows(tmp_path: Path, tiny_folder: Path) -> None:
 
 def test_carriage_returns_and_byte_order_mark(tmp_path: Path) -> None:
     (tmp_path / "in.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo\r\n\r\nfour")
-    texts = [row.text for row in files.read_rows(tmp_path / "in.txt", "text")]
+    (source,) = find_sources(tmp_path / "in.txt")
+    texts = [text for block in read_blocks(source, "text") for text in block.texts]
     assert texts == ["one", "two", "", "four"]
 
 
@@ -178,20 +182,25 @@ BAD_INPUT = {
         "line 2: no text in column 'text'",
     ),
     "null": ("in.jsonl", b'{"text": null}\n', "line 1: no text"),
-    "not an object": ("in.jsonl", b'"a"\n', "line 1: no text"),
+    "not an object": ("in.jsonl", b'"a"\n', "line 1: a JSON str, expected an object"),
     "taken": ("in.jsonl", b'{"text": "a", "embedding": 1}\n', "already has 'embedding'"),
-    "surrogate": ("in.jsonl", b'{"text": "\\ud800"}\n', "text 0 holds a lone surrogate"),
-    "suffix": ("in.csv", b"text\na\n", "suffix '.csv', expected .txt or .jsonl"),
+    "surrogate": ("in.jsonl", b'{"text": "\\ud800"}\n', "line 1: holds a lone surrogate"),
+    "suffix": ("in.doc", b"text\na\n", "suffix '.doc', expected one of .txt, .jsonl"),
 }
 
 
 @pytest.mark.parametrize("case", list(BAD_INPUT))
 def test_bad_input_is_refused_before_the_model_is_read(
-    tmp_path: Path, case: str, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    tiny_folder: Path,
+    case: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("nomoe.model.NomicMoEModel.from_pretrained", None)
     name, content, message = BAD_INPUT[case]
     (tmp_path / name).write_bytes(content)
-    assert run("embed", tmp_path / name, "-o", tmp_path / "out.npy", "--model", "absent/") == 2
+    assert run("embed", tmp_path / name, "-o", tmp_path / "out.npy", "--model", tiny_folder) == 2
     error = capsys.readouterr().err
     assert error.startswith("nomoe: error: ")
     assert error.count("\n") == 1
@@ -208,9 +217,9 @@ def test_outputs_that_cannot_be(
     base = ("embed", text_file, "--model", tiny_folder, "-o")
     for target, message in (
         (out, "exists; --overwrite replaces it"),
-        (folder / "vectors.csv", "expected .npy or .jsonl"),
+        (folder / "vectors.csv", "expected .npy, .jsonl, .parquet, or none for a folder"),
         (folder / "absent" / "vectors.npy", "there is no folder"),
-        (folder, "expected .npy or .jsonl"),
+        (folder, "texts.txt is in the output folder"),
     ):
         assert run(*base, target) == 2
         assert message in capsys.readouterr().err
@@ -223,12 +232,12 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
     out = tmp_path / "out.npy"
     out.write_bytes(b"precious")
 
-    def parts():  # type: ignore[no-untyped-def]
-        yield np.zeros((4, 3), np.float32)
+    def full(file: BinaryIO) -> None:
+        files.NpyWriter(file, 3, np.float32).write(np.zeros((4, 3), np.float32))
         raise OSError(28, "No space left on device")
 
     with pytest.raises(OSError, match="No space left"), files.atomic_output(out) as file:
-        files.write_npy(file, parts(), 3, np.float32)
+        full(file)
     assert out.read_bytes() == b"precious"
     assert os.listdir(tmp_path) == ["out.npy"]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-HEAVY = ("torch", "numpy", "transformers", "triton", "huggingface_hub", "matplotlib")
+HEAVY = ("torch", "pyarrow", "numpy", "transformers", "triton", "huggingface_hub", "matplotlib")
 
 
 def imports_of(path: Path) -> set[str]:
@@ -66,8 +66,19 @@ def test_direction_inside(module: str, may_not_import: list[str]) -> None:
 def test_core_imports_only_core_dependencies() -> None:
     allowed = {"torch", "safetensors", "tokenizers", "huggingface_hub", "numpy", "tqdm"}
     allowed |= set(sys.stdlib_module_names) | {"nomoe", "nomoe_kernels"}
-    # the reference code needs transformers, the heat map matplotlib; both only where they are used
-    extras = {"reference_hf.py": {"transformers"}, "routes.py": {"matplotlib"}}
+    # the reference code needs transformers, the heat map matplotlib, corpora pyarrow and Ray; all
+    # only where they are used
+    extras = {
+        "reference_hf.py": {"transformers"},
+        "routes.py": {"matplotlib"},
+        "batches.py": {"pyarrow"},
+        "dataset.py": {"ray"},
+        "manifest.py": {"pyarrow", "filelock"},
+        **{
+            name: {"pyarrow"}
+            for name in ("sources.py", "rows.py", "plan.py", "outputs.py", "workers.py")
+        },
+    }
     # each of these is named after what it brings
     inside = {
         "transformers.py": {"transformers"},
@@ -147,10 +158,10 @@ def test_what_is_not_installed_is_named(
 
 
 def test_cli_default_repo_is_the_checkpoint_modules() -> None:
-    from nomoe import checkpoint, cli, quantize
+    from nomoe import checkpoint, cli, corpus
 
     assert cli._DEFAULT_REPO == checkpoint.DEFAULT_REPO
-    assert cli._PRECISIONS == quantize.PRECISIONS
+    assert cli._PRECISIONS == corpus.PRECISIONS
 
 
 def test_pinned_revision_is_the_published_one() -> None:

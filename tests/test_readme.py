@@ -108,6 +108,33 @@ def test_every_command_shown_parses(capsys: pytest.CaptureFixture[str]) -> None:
         _parser().parse_args(arguments)
 
 
+def test_the_corpus_page_runs(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from nomoe.cli import _parser, main
+
+    pa, pq = (pytest.importorskip(name) for name in ("pyarrow", "pyarrow.parquet"))
+    page = (ROOT / "docs" / "corpus.md").read_text(encoding="utf-8")
+    shown = re.findall(r"^nomoe (.*?)(?:#.*)?$", page, flags=re.MULTILINE)
+    assert len(shown) == 3
+    monkeypatch.chdir(tmp_path)
+    table = pa.table({"text": ["one", "two"], "body": ["a", "b"], "id": [1, 2], "url": ["x", "y"]})
+    pq.write_table(table, "articles.parquet")
+    for command in shown:
+        _parser().parse_args(command.split())
+        assert main([*command.split(), "--model", str(tiny_folder)]) == 0
+    assert pq.read_table("vectors").num_rows == 2
+    (tmp_path / "articles").mkdir()
+    (tmp_path / "articles.parquet").rename("articles/1.parquet")
+    first, *others = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    code = first.replace('"vectors"', f'"again", model={str(tiny_folder)!r}')
+    exec(compile(code, "corpus.md", "exec"), {})
+    assert pq.read_table("again").column_names == ["source_row", "id", "url", "embedding"]
+    # those need a cluster
+    for code in others:
+        compile(code, "corpus.md", "exec")
+
+
 def test_version_is_one() -> None:
     pyproject = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     assert f'version = "{nomoe.__version__}"' in pyproject

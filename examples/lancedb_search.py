@@ -1,0 +1,87 @@
+"""Fill a LanceDB table from a folder of shards, and search it.
+
+    pip install "nomoe[parquet]" lancedb
+    nomoe embed articles.parquet -o vectors
+    python examples/lancedb_search.py vectors articles.lancedb "When does the tide turn?"
+
+The table is a folder on this disk, and is filled a batch at a time. The prompt of the documents and
+the model are in the shards' manifest; the query is embedded with the same model and its own prompt.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import lancedb
+import pyarrow.dataset
+
+import nomoe
+
+TABLE = "corpus"
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Return the manifest of a folder of shards.
+
+    Raises:
+        ValueError: Shards are missing, or their vectors are not floating-point numbers.
+    """
+    manifest = json.loads((folder / "_manifest.json").read_text(encoding="utf-8"))
+    if not manifest["complete"]:
+        raise ValueError(f"{folder} is not complete: run `nomoe embed` again to finish it")
+    if manifest["settings"]["precision"] not in ("float32", "float16"):
+        raise ValueError(f"{folder} holds {manifest['settings']['precision']} codes, not vectors")
+    return manifest
+
+
+def fill(folder: Path, database: Path) -> Any:
+    """Make a table of all shards, in bounded memory."""
+    read_manifest(folder)
+    shards = pyarrow.dataset.dataset(folder, format="parquet")
+    # files whose name begins with "_" or "." are not taken for shards
+    reader = pyarrow.RecordBatchReader.from_batches(shards.schema, shards.to_batches())
+    return lancedb.connect(database).create_table(TABLE, reader)
+
+
+def search(table: Any, encoder: nomoe.Encoder, query: str, limit: int = 5) -> list[dict[str, Any]]:
+    """Return the nearest rows, best first, with their cosine distance as `_distance`."""
+    vector = encoder.encode_query(query)
+    # exhaustive; for millions of rows first table.create_index(metric="cosine", ...)
+    nearest = table.search(vector, vector_column_name="embedding").distance_type("cosine")
+    rows: list[dict[str, Any]] = nearest.limit(limit).to_list()
+    return rows
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Fill the table if it is not there, search, and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("shards", type=Path, help="folder that `nomoe embed` wrote")
+    parser.add_argument("database", type=Path, help="folder of the LanceDB database")
+    parser.add_argument("query")
+    parser.add_argument("--model", help="if it is no longer where the shards were made from")
+    args = parser.parse_args(arguments)
+
+    settings, notes = (read_manifest(args.shards)[name] for name in ("settings", "notes"))
+    encoder = nomoe.Encoder.from_pretrained(
+        args.model or notes["model"],
+        revision=None if args.model else notes["revision"],
+        truncate_dim=settings["dim"],
+    )
+    there = (args.database / f"{TABLE}.lance").exists()
+    table = (
+        lancedb.connect(args.database).open_table(TABLE)
+        if there
+        else fill(args.shards, args.database)
+    )
+    print(f"{table.count_rows():,} rows")
+    for row in search(table, encoder, args.query):
+        print(f"{1 - row['_distance']:.3f}  {row['text'][:80]}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

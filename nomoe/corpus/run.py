@@ -1,0 +1,311 @@
+"""Embedding a corpus on one machine: what `nomoe embed` runs."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Unpack
+
+from tqdm.auto import tqdm
+
+from ..files import check_output
+from .embedder import Embedder
+from .manifest import (
+    Manifest,
+    check_folder,
+    check_same,
+    check_same_input,
+    finished_shards,
+    locked,
+    read_manifest,
+    remove_unfinished,
+)
+from .outputs import JsonlOutput, NpyOutput, Output, ParquetOutput
+from .plan import Plan
+from .request import (
+    OUTPUT_SUFFIXES,
+    Options,
+    Request,
+    default_shard_rows,
+    describe_origin,
+    make_request,
+    progress_bar,
+)
+from .shards import Progress, embed_shards
+from .sources import Source
+from .workers import Job, run_here, run_processes
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class CorpusReport:
+    """What a run did.
+
+    Attributes:
+        output: The file or folder.
+        rows: Rows of the whole output.
+        bad: Rows that were left out, by reason.
+        shards: Shards of the whole output; 1 for a file.
+        found: Shards that an earlier run had finished.
+        embedded: Rows embedded by this run.
+        tokens: Their tokens, prompt and special tokens included.
+        cut: Of those rows, the ones whose text was longer than `max_seq_length` and was cut.
+        seconds: Time from the loading of the model to the last shard.
+    """
+
+    output: Path
+    rows: int
+    bad: dict[str, int]
+    shards: int
+    found: int
+    embedded: int
+    tokens: int
+    cut: int
+    seconds: float
+
+
+def embed_corpus(
+    inputs: str | Path | Sequence[str | Path],
+    output: str | Path,
+    *,
+    overwrite: bool = False,
+    **options: Unpack[Options],
+) -> CorpusReport:
+    """Embed the texts of files into files, and go on where a run was interrupted.
+
+    Memory is bounded. The input is read once before the model is loaded, to count and check its
+    rows. A folder of shards is then written one shard at a time, each under a temporary name until
+    it is whole; called again with the same settings, the function skips the shards that are there.
+    Each row has its number in the input (`source_row`), the columns that go along, and its vector
+    (`embedding`).
+
+    Args:
+        inputs: A .parquet, .arrow (.feather, .ipc), .jsonl, .csv (.tsv) or .txt file, a folder, a
+            pattern, or a list of those; paths or URIs that pyarrow opens.
+        output: A folder (no suffix), or one .parquet, .jsonl or .npy file.
+        overwrite: Replace an output file that exists.
+        **options: `model`, `revision`, `device`, `dtype`, `backend`, `max_seq_length`,
+            `local_files_only` as for `Encoder.from_pretrained`, where `device="cuda"` means every
+            GPU; `prompt_name` ("document" by default; None for none) and `prompt`; `dim`, features
+            to keep; `precision`, which besides those of `Encoder.encode` may be "float16";
+            `batch_tokens`; `show_progress_bar`; and
+            `column`: where the text is, "text" by default;
+            `columns`: names of the columns that go along, None for all;
+            `on_bad`: "fail" refuses an input with a bad row before the model is loaded, "skip"
+            leaves such rows out and counts them;
+            `limit`: read only so many rows;
+            `shard_rows`: rows of a shard, 4,096 on a CPU and 32,768 on CUDA by default;
+            `workers`: processes, by default one for each GPU, and on a CPU one for each eight
+            cores.
+
+    Returns:
+        What was done.
+
+    Raises:
+        FileNotFoundError, PermissionError, ConnectionError: Input or checkpoint cannot be had.
+        ValueError: An argument is wrong, a row or file is bad, or the folder was begun with other
+            settings or another input; the message says which.
+        FileExistsError: The output file exists, and `overwrite` is not set.
+        ImportError: pyarrow is needed and not installed.
+        RuntimeError: The backend or device cannot run, another run is at work in the folder, a
+            process died, or the input changed meanwhile.
+        OSError: The output cannot be written; finished shards stay.
+    """
+    request = make_request(inputs, output, **options)
+    if request.is_folder:
+        if overwrite:
+            raise ValueError(f"overwrite is for one file; to begin anew, remove {output}")
+        return write_folder(request, _embed)
+    check_output(request.output, OUTPUT_SUFFIXES, overwrite=overwrite)
+    return _to_file(request)
+
+
+def _to_file(request: Request) -> CorpusReport:
+    request = replace(request, shard_rows=request.shard_rows or default_shard_rows(request))
+    plan = request.plan()
+    settings = request.settings
+    size = (settings.stored_dim, settings.stored_dtype)
+    output: Output
+    if request.output.suffix == ".npy":
+        output = NpyOutput(request.output, *size)
+    elif request.output.suffix == ".jsonl":
+        output = JsonlOutput(request.output, numbered=request.on_bad == "skip")
+    else:
+        assert plan.schema is not None
+        output = ParquetOutput(request.output, plan.schema, *size, {})
+    try:
+        with counting(request, plan, plan.rows) as count:
+            if plan.rows:
+                embedder = Embedder(settings, request.devices[0])
+                shards = range(len(plan.shards))
+                embed_shards(embedder, plan, shards, lambda _: _Uncommitted(output), count)
+        output.commit()
+    finally:
+        # nothing is left of one that was not committed
+        output.abort()
+    return count.report(request, plan, 1, 0)
+
+
+class _Uncommitted:
+    """An output that goes on after a shard."""
+
+    def __init__(self, output: Output) -> None:
+        self.add = output.add
+        self.abort = output.abort
+
+    def commit(self) -> None:
+        """Leave it open."""
+
+
+def write_folder(
+    request: Request,
+    embed: Callable[[Request, Job, list[int], Callable[[Progress], None]], None],
+) -> CorpusReport:
+    """Write a folder of shards, or what is missing of one.
+
+    Args:
+        request: Whose output is a folder.
+        embed: Embeds shards of a job, and reports each when it is there.
+
+    Raises:
+        As `embed_corpus`.
+    """
+    folder = request.output
+    check_folder(folder)
+    with locked(folder):
+        remove_unfinished(folder)
+        request, manifest = begin(request)
+        finished = finished_shards(folder, manifest)
+        plan = manifest.plan
+        todo = [index for index in range(len(plan.shards)) if index not in finished]
+        job = Job(request.settings, manifest, folder)
+        rows = sum(plan.shards[index].rows for index in todo)
+        with counting(request, plan, rows, len(finished)) as count:
+            if not plan.rows:
+                # the only shard has no row
+                for index in todo:
+                    job.open_output(index).commit()
+                    count(Progress(0, 0, 0, index))
+            elif todo:
+                embed(request, job, todo, count)
+        manifest.complete(folder)
+    return count.report(request, plan, len(plan.shards), len(finished))
+
+
+def _embed(request: Request, job: Job, todo: list[int], report: Callable[[Progress], None]) -> None:
+    devices = request.devices[: len(todo)]
+    if len(devices) == 1:
+        run_here(job, devices[0], todo, report)
+    else:
+        run_processes(job, devices, todo, report)
+
+
+def begin(request: Request) -> tuple[Request, Manifest]:
+    """Begin an output folder, or go on with one; the caller has locked it.
+
+    Returns:
+        The request with what it left open settled, and the manifest, which is in the folder.
+
+    Raises:
+        ValueError: The folder was begun with other settings or another input, or the input is bad.
+    """
+    folder = request.output
+    begun = read_manifest(folder)
+    earlier = begun.settings if begun is not None else {}
+    shard_rows = request.shard_rows or earlier.get("shard_rows") or default_shard_rows(request)
+    settings = request.settings
+    if request.batch_tokens is None and "batch_tokens" in earlier:
+        settings = replace(settings, batch_tokens=earlier["batch_tokens"])
+    request = replace(request, shard_rows=shard_rows, settings=settings)
+    described = request.describe()
+    if begun is None:
+        manifest = Manifest(described, request.plan(), describe_origin(request))
+        manifest.write(folder)
+        return request, manifest
+    check_same(begun, described, folder)
+    if _is_untouched(begun.plan, request.sources):
+        return request, begun
+    plan = request.plan()
+    check_same_input(begun.plan, plan, folder)
+    # the same rows in files that were moved or copied
+    manifest = begun._replace(plan=plan)
+    manifest.write(folder)
+    return request, manifest
+
+
+def _is_untouched(plan: Plan, sources: Sequence[Source]) -> bool:
+    """Whether the input's files are by name, size and time those that were read for the plan."""
+    return [file.source for file in plan.files] == list(sources) and all(
+        source.modified for source in sources
+    )
+
+
+class _Count:
+    """Adds up progress and shows it."""
+
+    def __init__(self, bar: tqdm[Any]) -> None:
+        self._bar = bar
+        self._start = time.perf_counter()
+        self.rows = self.tokens = self.cut = self.shards = 0
+        self.seconds = 0.0
+
+    def __call__(self, progress: Progress) -> None:
+        self.rows += progress.rows
+        self.tokens += progress.tokens
+        self.cut += progress.cut
+        self.shards += progress.shard is not None
+        self.seconds = time.perf_counter() - self._start
+        self._bar.set_postfix_str(f"{self.tokens / self.seconds:,.0f} tokens/s", refresh=False)
+        self._bar.update(progress.rows)
+
+    def report(self, request: Request, plan: Plan, shards: int, found: int) -> CorpusReport:
+        """Return what was done."""
+        if self.cut:
+            logger.warning(
+                "%d of %d texts were longer than max_seq_length=%d tokens and were cut",
+                self.cut,
+                self.rows,
+                request.settings.max_seq_length,
+            )
+        return CorpusReport(
+            output=request.output,
+            rows=plan.rows,
+            bad=plan.bad,
+            shards=shards,
+            found=found,
+            embedded=self.rows,
+            tokens=self.tokens,
+            cut=self.cut,
+            seconds=self.seconds,
+        )
+
+
+@contextmanager
+def counting(request: Request, plan: Plan, rows: int, found: int | None = None) -> Iterator[_Count]:
+    """Show the progress of a run, and say what stays if it ends early.
+
+    Args:
+        request: The call.
+        plan: Its input.
+        rows: Rows that are left to embed.
+        found: Shards of a folder that were there already; None for a file, of which nothing stays.
+    """
+    with progress_bar("embedding", plan.rows, request.show_progress_bar) as bar:
+        bar.initial = bar.n = plan.rows - rows
+        count = _Count(bar)
+        try:
+            yield count
+        finally:
+            if found is not None and found + count.shards < len(plan.shards):
+                logger.warning(
+                    "%d of %d shards in %s are finished and stay; the same command goes on from "
+                    "there",
+                    found + count.shards,
+                    len(plan.shards),
+                    request.output,
+                )

@@ -1,0 +1,206 @@
+"""Several processes, each with a model of its own, fed from one queue of shards."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from multiprocessing import connection, get_context
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from .embedder import Embedder, ModelSettings
+from .manifest import Manifest, shard_metadata, shard_path
+from .outputs import Output, ParquetOutput, as_arrays
+from .rows import Columns
+from .shards import Progress, embed_shards
+
+# cores that one process makes good use of on a CPU
+CORES_PER_PROCESS = 8
+
+
+class Job(NamedTuple):
+    """What every process is told once."""
+
+    settings: ModelSettings
+    manifest: Manifest
+    folder: Path
+
+    def open_output(self, shard: int) -> Output:
+        """Begin a shard's file."""
+        schema = self.manifest.plan.schema
+        assert schema is not None
+        return ParquetOutput(
+            shard_path(self.folder, shard),
+            schema,
+            self.settings.stored_dim,
+            self.settings.stored_dtype,
+            shard_metadata(self.manifest, shard),
+        )
+
+    def pack(self, columns: Sequence[Columns]) -> bytes:
+        """Make bytes of rows' columns, as the output has them; `unpack` makes rows of them."""
+        import pyarrow as pa
+
+        schema = self.manifest.plan.schema
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, schema) as writer:
+            for part in columns:
+                arrays = as_arrays(part, schema)
+                writer.write_batch(pa.RecordBatch.from_arrays(arrays, schema=schema))
+        return bytes(sink.getvalue())
+
+    def unpack(self, packed: bytes) -> list[Columns]:
+        """As `pack`."""
+        import pyarrow as pa
+
+        return list(pa.ipc.open_stream(packed))
+
+
+def cores() -> int:
+    """Return how many cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def choose_devices(device: str | None, workers: int | None) -> list[str]:
+    """Choose the device of each process.
+
+    Args:
+        device: "cpu", "cuda" for every GPU that is visible, "cuda:1" for one; None takes the GPUs
+            if there are any.
+        workers: Number of processes; None is one for each GPU, and on a CPU one for each eight
+            cores.
+
+    Raises:
+        ValueError: `workers` is below 1.
+        RuntimeError: The device is not available.
+    """
+    import torch
+
+    from ..model import resolve_device
+
+    resolved = resolve_device(device)
+    if workers is not None and workers < 1:
+        raise ValueError(f"workers is {workers}, expected at least 1")
+    names = [str(resolved)]
+    if resolved.type == "cuda" and device in (None, "cuda"):
+        names = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    if resolved.type == "cpu" and workers is None:
+        workers = max(1, cores() // CORES_PER_PROCESS)
+    return [names[index % len(names)] for index in range(workers or len(names))]
+
+
+def run_here(
+    job: Job, device: str, shards: Iterable[int], report: Callable[[Progress], None]
+) -> None:
+    """Embed shards in this process."""
+    embed_shards(Embedder(job.settings, device), job.manifest.plan, shards, job.open_output, report)
+
+
+def run_processes(
+    job: Job, devices: Sequence[str], shards: Sequence[int], report: Callable[[Progress], None]
+) -> None:
+    """Embed shards in one process for each device; each asks for its next one.
+
+    Raises:
+        RuntimeError: A process ended before its work did. Finished shards stay.
+        OSError, ValueError, ...: What a process raised.
+    """
+    context = get_context("spawn")
+    threads = max(1, cores() // len(devices))
+    left = deque(shards)
+    pipes: dict[Connection, Any] = {}
+    try:
+        for device in devices:
+            here, there = context.Pipe()
+            process = context.Process(
+                target=_work,
+                args=(there, job, device, threads),
+                daemon=True,
+                name=f"nomoe {device}",
+            )
+            with _ignoring_interrupts():
+                process.start()
+            # the process has the other end alone, so that its death ends the pipe
+            there.close()
+            pipes[here] = process
+        while pipes:
+            for pipe in connection.wait(list(pipes)):
+                assert isinstance(pipe, Connection)
+                try:
+                    message = pipe.recv()
+                    if message is None:
+                        pipe.send(left[0] if left else None)
+                        if left:
+                            left.popleft()
+                        continue
+                # the other end is gone, before or after it had its answer
+                except (EOFError, ConnectionResetError, BrokenPipeError):
+                    process = pipes.pop(pipe)
+                    process.join()
+                    if process.exitcode:
+                        raise RuntimeError(
+                            f"the process on {process.name.removeprefix('nomoe ')} ended with exit "
+                            f"code {process.exitcode} before its work was done (if it was killed, "
+                            "perhaps for lack of memory)"
+                        ) from None
+                    continue
+                if isinstance(message, Exception):
+                    raise message
+                report(message)
+    finally:
+        for process in pipes.values():
+            process.terminate()
+        for process in pipes.values():
+            process.join()
+
+
+@contextmanager
+def _ignoring_interrupts() -> Iterator[None]:
+    """Ignore interrupts, as a process begun meanwhile then does from its first moment on.
+
+    An interrupt reaches all processes of a terminal: the parent ends the others, politely.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    earlier = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, earlier)
+
+
+def _work(pipe: Connection, job: Job, device: str, threads: int) -> None:
+    """Run a process until there are no shards left, or nobody to report to."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    # the tokenizer's own threads, which otherwise are as many as cores in every process
+    os.environ.setdefault("RAYON_NUM_THREADS", str(threads))
+    import torch
+
+    if device == "cpu":
+        torch.set_num_threads(threads)
+
+    def shards() -> Iterator[int]:
+        while True:
+            pipe.send(None)
+            shard = pipe.recv()
+            if shard is None:
+                return
+            yield shard
+
+    try:
+        run_here(job, device, shards(), pipe.send)
+    except (BrokenPipeError, EOFError, ConnectionResetError):
+        # the parent was killed, and another run may be at work
+        sys.exit(1)
+    # what bad input, a full disk or an unable machine raises; a bug shows itself
+    except (ValueError, OSError, RuntimeError, ImportError, MemoryError) as error:
+        pipe.send(error)

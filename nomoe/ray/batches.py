@@ -1,0 +1,207 @@
+"""Callable classes for `Dataset.map_batches`; this module does not import Ray."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Unpack
+
+import numpy as np
+import numpy.typing as npt
+
+from ..batching import windows
+from ..checkpoint import DEFAULT_REPO
+from ..corpus.embedder import Embedder, WindowTokenizer, resolve_settings
+from ..corpus.plan import VECTOR_COLUMN, OnBad
+from ..corpus.request import ModelOptions
+from ..tokenizer import Tokens
+
+logger = logging.getLogger(__name__)
+
+TOKENS_COLUMN = "input_ids"
+
+
+class TokenizeBatch:
+    """Adds the token ids of each text of a batch, for a stage that needs no GPU.
+
+    The tokenizer is loaded with the first batch; until then an object is small, and it can be
+    pickled at any time.
+
+    Args:
+        model: Folder that every node sees, or a repository, which every node downloads.
+        column: Where the text is.
+        on_bad: "fail" ends the run at a row without a text, "skip" drops such rows, logged with
+            their number.
+        **options: As for `EmbedBatch`.
+    """
+
+    def __init__(
+        self,
+        model: str | Path = DEFAULT_REPO,
+        *,
+        column: str = "text",
+        on_bad: OnBad = "fail",
+        **options: Unpack[ModelOptions],
+    ) -> None:
+        self._model, self._column, self._on_bad, self._options = model, column, on_bad, options
+        self._tokenize: WindowTokenizer | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_tokenize": None}
+
+    def __call__(self, batch: Any) -> Any:
+        """Tokenise a batch: dict of numpy arrays, pyarrow.Table or pandas.DataFrame.
+
+        Returns:
+            The same kind, with a column "input_ids" of lists.
+
+        Raises:
+            ValueError: No such column, or a row without a text under "fail".
+        """
+        if self._tokenize is None:
+            # token ids do not depend on where the model runs
+            options: ModelOptions = {**self._options, "device": "cpu"}
+            self._tokenize = WindowTokenizer(resolve_settings(self._model, **options))
+        batch, texts = _texts(batch, self._column, self._on_bad)
+        ids = [np.array(one, dtype=np.int32) for one in self._tokenize(texts).ids]
+        return _with_column(batch, TOKENS_COLUMN, ids)
+
+
+class EmbedBatch:
+    """Adds the vector of each text of a batch.
+
+    Pass the class itself to `map_batches`, with `fn_constructor_kwargs` and an actor pool: the
+    model is then loaded once in each actor, with its first batch. Until then an object is small,
+    and it can be pickled at any time. Nothing is registered anywhere.
+
+    Args:
+        model: Folder that every node sees, or a repository, which every node downloads.
+        column: Where the text is.
+        tokens_column: Where `TokenizeBatch` put the token ids; the column is dropped. None
+            tokenises here.
+        output_column: Name of the column of vectors.
+        on_bad: "fail" ends the run at a row without a text, "skip" drops such rows, logged with
+            their number.
+        **options: `revision`, `device`, `dtype`, `backend`, `prompt_name`, `prompt`, `dim`,
+            `precision`, `max_seq_length`, `batch_tokens`, `local_files_only` as for
+            `nomoe.embed_corpus`.
+    """
+
+    def __init__(
+        self,
+        model: str | Path = DEFAULT_REPO,
+        *,
+        column: str = "text",
+        tokens_column: str | None = None,
+        output_column: str = VECTOR_COLUMN,
+        on_bad: OnBad = "fail",
+        **options: Unpack[ModelOptions],
+    ) -> None:
+        self._model, self._column, self._on_bad, self._options = model, column, on_bad, options
+        self._tokens_column, self._output_column = tokens_column, output_column
+        self._embedder: Embedder | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_embedder": None}
+
+    def __call__(self, batch: Any) -> Any:
+        """Embed a batch: dict of numpy arrays, pyarrow.Table or pandas.DataFrame.
+
+        Returns:
+            The same kind with one more column: an (n, d) array, a fixed-size list, or arrays.
+
+        Raises:
+            ValueError: No such column, or a row without a text under "fail".
+        """
+        if self._embedder is None:
+            settings = resolve_settings(self._model, **self._options)
+            self._embedder = Embedder(settings, self._options.get("device"))
+        embedder = self._embedder
+        if self._tokens_column is not None:
+            ids = _column(batch, self._tokens_column)
+            batch = _without_column(batch, self._tokens_column)
+            parts = list(embedder.embed(_token_windows(ids, embedder.settings.batch_tokens)))
+        else:
+            batch, texts = _texts(batch, self._column, self._on_bad)
+            parts = list(embedder.embed_texts(windows(texts, embedder.settings.batch_tokens)))
+        settings = embedder.settings
+        empty = np.empty((0, settings.stored_dim), settings.stored_dtype)
+        return _with_column(batch, self._output_column, np.concatenate([empty, *parts]))
+
+
+# --- batches in their three kinds ---
+
+
+def _texts(batch: Any, column: str, on_bad: OnBad) -> tuple[Any, list[str]]:
+    """Return a batch's rows that have a text, and the texts.
+
+    Raises:
+        ValueError: A row has none, and `on_bad` is "fail".
+    """
+    values = _column(batch, column)
+    bad = [row for row, value in enumerate(values) if not isinstance(value, str)]
+    if not bad:
+        return batch, values
+    if on_bad == "fail":
+        found = type(values[bad[0]]).__name__
+        raise ValueError(
+            f"row {bad[0]} of a batch of {len(values)} has no text in column {column!r}: {found}; "
+            "on_bad='skip' drops such rows"
+        )
+    logger.warning("%d of %d rows of a batch have no text and are dropped", len(bad), len(values))
+    kept = np.array([isinstance(value, str) for value in values], dtype=bool)
+    if isinstance(batch, dict):
+        batch = {name: np.asarray(part)[kept] for name, part in batch.items()}
+    else:
+        batch = batch[kept] if hasattr(batch, "iloc") else batch.filter(kept)
+    return batch, [value for value in values if isinstance(value, str)]
+
+
+def _column(batch: Any, name: str) -> list[Any]:
+    names = list(batch) if isinstance(batch, dict) or hasattr(batch, "iloc") else batch.column_names
+    if name not in names:
+        raise ValueError(f"the batch has no column {name!r}; it has {', '.join(map(str, names))}")
+    column = batch[name]
+    return list(column.to_pylist() if hasattr(column, "to_pylist") else column)
+
+
+def _without_column(batch: Any, name: str) -> Any:
+    if isinstance(batch, dict):
+        return {one: part for one, part in batch.items() if one != name}
+    if hasattr(batch, "iloc"):
+        return batch.drop(columns=[name])
+    return batch.drop_columns([name])
+
+
+def _with_column(batch: Any, name: str, values: Sequence[Any] | npt.NDArray[Any]) -> Any:
+    if isinstance(batch, dict):
+        if not isinstance(values, np.ndarray):
+            ragged = np.empty(len(values), dtype=object)
+            ragged[:] = values
+            values = ragged
+        return batch | {name: values}
+    if hasattr(batch, "iloc"):
+        return batch.assign(**{name: list(values)})
+    import pyarrow as pa
+
+    if isinstance(values, np.ndarray):
+        flat = pa.array(np.ascontiguousarray(values).reshape(-1))
+        array = pa.FixedSizeListArray.from_arrays(flat, values.shape[1])
+    else:
+        array = pa.array(values, pa.list_(pa.int32()))
+    return batch.append_column(name, array)
+
+
+def _token_windows(ids: Iterable[Any], batch_tokens: int) -> Iterator[Tokens]:
+    """Divide token ids into windows of about four batches."""
+    window: list[list[int]] = []
+    count = 0
+    for one in ids:
+        window.append(one if isinstance(one, list) else one.tolist())
+        count += len(one)
+        if count >= 4 * batch_tokens:
+            yield Tokens(window, [])
+            window, count = [], 0
+    if window:
+        yield Tokens(window, [])

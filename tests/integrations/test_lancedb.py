@@ -1,0 +1,78 @@
+"""The example that fills a LanceDB table, run as it is: what it finds is what is nearest."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from nomoe import Encoder, data, embed_corpus
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "lancedb_search.py"
+TEXTS = [text for group in data.sentences().values() for text in group]
+
+
+@pytest.fixture(scope="module")
+def example() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("lancedb_search", EXAMPLE)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("options", [{}, {"precision": "float16", "dim": 64}])
+def test_search_finds_the_nearest(
+    tmp_path: Path, tiny_folder: Path, example: ModuleType, options: dict[str, Any]
+) -> None:
+    source, shards = tmp_path / "in.jsonl", tmp_path / "shards"
+    source.write_text("".join(json.dumps({"id": i, "text": t}) + "\n" for i, t in enumerate(TEXTS)))
+    embed_corpus(source, shards, model=tiny_folder, device="cpu", shard_rows=30, **options)
+    table = example.fill(shards, tmp_path / "db")
+    assert table.count_rows() == len(TEXTS)
+    assert table.to_arrow().sort_by("source_row")["text"].to_pylist() == TEXTS
+
+    encoder = Encoder.from_pretrained(tiny_folder, device="cpu", truncate_dim=options.get("dim"))
+    column = pq.read_table(shards)["embedding"].combine_chunks()
+    vectors = column.flatten().to_numpy(zero_copy_only=False).astype(np.float32)
+    vectors = vectors.reshape(len(TEXTS), -1)
+    for query in ("When does the tide turn?", "面粉"):
+        cosine = encoder.similarity(encoder.encode_query(query), vectors)[0].numpy()
+        found = example.search(table, encoder, query, limit=4)
+        expected = np.argsort(-cosine)[:4]
+        assert [row["source_row"] for row in found] == expected.tolist()
+        np.testing.assert_allclose(
+            [1 - row["_distance"] for row in found], cosine[expected], atol=1e-3
+        )
+
+
+def test_the_command(
+    tmp_path: Path, tiny_folder: Path, example: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "in.txt").write_text("\n".join(TEXTS), encoding="utf-8")
+    options: dict[str, Any] = {"model": tiny_folder, "device": "cpu"}
+    embed_corpus(tmp_path / "in.txt", tmp_path / "shards", **options)
+    command = [str(tmp_path / "shards"), str(tmp_path / "db"), TEXTS[0]]
+    for _ in range(2):
+        assert example.main(command) == 0
+        printed = capsys.readouterr().out
+        assert f"{len(TEXTS):,} rows" in printed
+        # the weights are random: a text is not what is nearest to it as a query
+        encoder = Encoder.from_pretrained(tiny_folder, device="cpu")
+        cosine = encoder.similarity(encoder.encode_query(TEXTS[0]), encoder.encode_document(TEXTS))
+        best = cosine[0].topk(5).indices.tolist()
+        assert [line[7:] for line in printed.splitlines()[1:]] == [TEXTS[row][:80] for row in best]
+    embed_corpus(tmp_path / "in.txt", tmp_path / "codes", precision="ubinary", **options)
+    with pytest.raises(ValueError, match="holds ubinary codes"):
+        example.fill(tmp_path / "codes", tmp_path / "db2")
+    manifest = tmp_path / "shards" / "_manifest.json"
+    manifest.write_text(manifest.read_text().replace('"complete": true', '"complete": false'))
+    with pytest.raises(ValueError, match="not complete"):
+        example.fill(tmp_path / "shards", tmp_path / "db2")

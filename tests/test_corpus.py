@@ -1,0 +1,786 @@
+"""Corpora on one machine: what is read, what is written, what is refused, and what is the same."""
+
+from __future__ import annotations
+
+import csv
+import json
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from nomoe import Encoder, data, embed_corpus
+from nomoe.corpus import estimate_corpus
+from nomoe.corpus.embedder import WindowTokenizer, resolve_settings
+from nomoe.corpus.plan import make_plan
+from nomoe.corpus.rows import Place, read_blocks
+from nomoe.corpus.shards import ShardReader
+from nomoe.corpus.sources import find_sources
+
+pa = pytest.importorskip("pyarrow")
+pq = pytest.importorskip("pyarrow.parquet")
+
+TEXTS = [text for group in data.sentences().values() for text in group]
+
+
+@pytest.fixture
+def model(shallow_folder: Path) -> dict[str, Any]:
+    return {"model": shallow_folder, "device": "cpu"}
+
+
+@pytest.fixture(scope="session")
+def shallow(shallow_folder: Path) -> Encoder:
+    return Encoder.from_pretrained(shallow_folder, device="cpu")
+
+
+def make_texts(count: int) -> list[str]:
+    """Texts that all differ, of very different lengths."""
+    generator = np.random.default_rng(count)
+    words = " ".join(TEXTS).split()
+    return [
+        " ".join([str(row), *generator.choice(words, generator.integers(0, 30))])
+        for row in range(count)
+    ]
+
+
+def make_rows(count: int) -> list[dict[str, Any]]:
+    return [
+        {"id": f"{row:05d}", "text": text, "score": row / 4, "tags": ["é", str(row)]}
+        for row, text in enumerate(make_texts(count))
+    ]
+
+
+def write(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
+    """Write rows in the format of the suffix."""
+    if path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    elif path.suffix == ".txt":
+        path.write_text("".join(row["text"] + "\n" for row in rows), encoding="utf-8")
+    elif path.suffix in (".csv", ".tsv"):
+        with path.open("w", encoding="utf-8", newline="") as file:
+            names = [name for name in rows[0] if name != "tags"]
+            delimiter = "\t" if path.suffix == ".tsv" else ","
+            writer = csv.DictWriter(file, names, delimiter=delimiter, extrasaction="ignore")
+            writer.writeheader()
+            writer.writerows(rows)
+    elif path.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=70)
+    else:
+        table = pa.Table.from_pylist(rows)
+        kind = pa.ipc.new_stream if path.suffix == ".arrows" else pa.ipc.new_file
+        with kind(path, table.schema) as writer:
+            writer.write_table(table, max_chunksize=70)
+    return path
+
+
+def vectors_of(table: Any) -> np.ndarray:
+    column = table["embedding"].combine_chunks()
+    return column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), -1)
+
+
+def read(folder: Path) -> Any:
+    """A folder of shards as others read it."""
+    return pq.read_table(folder)
+
+
+# --- formats, in and out ---
+
+
+@pytest.mark.parametrize(
+    "suffix", [".parquet", ".arrow", ".arrows", ".feather", ".jsonl", ".csv", ".tsv", ".txt"]
+)
+def test_every_format_gives_the_encoders_vectors_row_for_row(
+    tmp_path: Path, suffix: str, model: dict[str, Any], shallow: Encoder
+) -> None:
+    rows = make_rows(130)
+    source = write(tmp_path / f"in{suffix}", rows)
+    report = embed_corpus(source, tmp_path / "out", shard_rows=50, **model)
+    assert (report.rows, report.shards, report.embedded) == (130, 3, 130)
+    names = sorted(path.name for path in (tmp_path / "out").glob("*.parquet"))
+    assert names == [f"part-{index:06d}.parquet" for index in range(3)]
+    assert [pq.read_metadata(tmp_path / "out" / name).num_rows for name in names] == [50, 50, 30]
+
+    table = read(tmp_path / "out")
+    assert table["source_row"].to_pylist() == list(range(130))
+    expected = shallow.encode_document([row["text"] for row in rows])
+    np.testing.assert_allclose(vectors_of(table), expected, atol=2e-6)
+    field = table.schema.field("embedding")
+    assert field.type.list_size == 96
+    assert field.type.value_type == pa.float32()
+    along = table.drop_columns(["source_row", "embedding"]).to_pylist()
+    if suffix == ".txt":
+        assert along == [{"text": row["text"]} for row in rows]
+    elif suffix in (".csv", ".tsv"):
+        # values of a CSV file go along as they stand: no id loses its zeros
+        kept = ("id", "text", "score")
+        assert along == [{name: str(row[name]) for name in kept} for row in rows]
+    else:
+        assert along == rows
+
+
+@pytest.mark.parametrize("out", [".parquet", ".jsonl", ".npy"])
+@pytest.mark.parametrize("suffix", [".parquet", ".jsonl"])
+def test_one_file_has_the_bits_of_the_folder(
+    tmp_path: Path, suffix: str, out: str, model: dict[str, Any]
+) -> None:
+    rows = make_rows(90)
+    source = write(tmp_path / f"in{suffix}", rows)
+    options = {"shard_rows": 40, **model}
+    embed_corpus(source, tmp_path / "out", **options)
+    expected = vectors_of(read(tmp_path / "out"))
+    target = tmp_path / f"out{out}"
+    assert embed_corpus(source, target, **options).output == target
+    if out == ".npy":
+        found = np.load(target)
+    elif out == ".parquet":
+        table = pq.read_table(target)
+        assert table.schema.remove_metadata() == read(tmp_path / "out").schema.remove_metadata()
+        assert table["id"].to_pylist() == [row["id"] for row in rows]
+        found = vectors_of(table)
+    else:
+        lines = [json.loads(line) for line in target.read_text(encoding="utf-8").splitlines()]
+        found = np.array([line.pop("embedding") for line in lines], np.float32)
+        assert lines == rows
+    assert np.array_equal(found, expected)
+
+
+@pytest.mark.parametrize("precision", ["float16", "int8", "uint8", "binary", "ubinary"])
+def test_precisions(
+    tmp_path: Path, precision: str, model: dict[str, Any], shallow: Encoder
+) -> None:
+    source = write(tmp_path / "in.txt", make_rows(40))
+    embed_corpus(source, tmp_path / "out", precision=precision, dim=64, **model)
+    embed_corpus(source, tmp_path / "out.npy", precision=precision, dim=64, **model)
+    found, alone = vectors_of(read(tmp_path / "out")), np.load(tmp_path / "out.npy")
+    assert found.dtype == alone.dtype
+    assert np.array_equal(found, alone)
+    texts = make_texts(40)
+    if precision == "float16":
+        assert found.dtype == np.float16
+        expected = shallow.encode_document(texts, truncate_dim=64)
+        np.testing.assert_allclose(found, expected, atol=3e-4)
+        return
+    expected = shallow.encode_document(texts, truncate_dim=64, precision=precision)
+    assert (found.dtype, found.shape) == (expected.dtype, expected.shape)
+    # a batch-mate may move a number across the edge of a step
+    assert np.mean(found == expected) > 0.999
+
+
+def test_prompt_dim_and_length_reach_the_model(
+    tmp_path: Path, model: dict[str, Any], shallow: Encoder
+) -> None:
+    texts = make_texts(30)
+    source = write(tmp_path / "in.jsonl", [{"text": text} for text in texts])
+    embed_corpus(source, tmp_path / "q.npy", prompt_name="query", dim=32, **model)
+    expected = shallow.encode_query(texts, truncate_dim=32)
+    np.testing.assert_allclose(np.load(tmp_path / "q.npy"), expected, atol=2e-6)
+    embed_corpus(source, tmp_path / "p.npy", prompt="classification: ", **model)
+    expected = shallow.encode(texts, "Classification")
+    np.testing.assert_allclose(np.load(tmp_path / "p.npy"), expected, atol=2e-6)
+    report = embed_corpus(source, tmp_path / "short.npy", max_seq_length=8, **model)
+    short = Encoder.from_pretrained(model["model"], device="cpu", max_seq_length=8)
+    expected = short.encode_document(texts)
+    np.testing.assert_allclose(np.load(tmp_path / "short.npy"), expected, atol=2e-6)
+    lengths = [
+        len(ids) for ids in short.tokenizer([f"search_document: {t}" for t in texts], 99).ids
+    ]
+    assert report.cut == sum(length > 8 for length in lengths) > 0
+    assert report.tokens == sum(min(length, 8) for length in lengths)
+
+
+def test_chosen_columns(tmp_path: Path, model: dict[str, Any]) -> None:
+    for suffix in (".jsonl", ".parquet"):
+        source = write(tmp_path / f"in{suffix}", make_rows(20))
+        out = tmp_path / f"chosen{suffix[1:]}"
+        embed_corpus(source, out, columns=["score", "id"], **model)
+        table = read(out)
+        assert table.column_names == ["source_row", "score", "id", "embedding"]
+        assert table["id"].to_pylist() == [row["id"] for row in make_rows(20)]
+        out = tmp_path / f"none{suffix[1:]}"
+        embed_corpus(source, out, columns=[], **model)
+        assert read(out).column_names == ["source_row", "embedding"]
+        embed_corpus(source, out.with_suffix(".jsonl"), columns=["id"], **model)
+        line = json.loads(out.with_suffix(".jsonl").read_text().splitlines()[3])
+        assert set(line) == {"id", "embedding"}
+
+
+def test_folders_patterns_lists_and_uris(tmp_path: Path, model: dict[str, Any]) -> None:
+    rows = make_rows(60)
+    folder = tmp_path / "data"
+    (folder / "b").mkdir(parents=True)
+    (folder / "_private").mkdir()
+    write(folder / "b" / "1.parquet", rows[20:40])
+    write(folder / "a.parquet", rows[:20])
+    write(folder / "c.parquet", rows[40:])
+    write(folder / "_private" / "x.parquet", rows)
+    write(folder / ".hidden.parquet", rows)
+    wanted = [folder / "a.parquet", folder / "b" / "1.parquet", folder / "c.parquet"]
+    uri = folder.as_uri()
+    for given in (folder, str(folder / "**" / "[abc1]*.parquet"), wanted, uri):
+        found = find_sources(given)
+        assert [Path(one.path.removeprefix("file://")) for one in found] == wanted, given
+    remote = find_sources(f"{uri}/**/*.parquet")
+    assert len(remote) == 5
+    assert [one.path for one in find_sources(f"{uri}/*.parquet")] == [
+        f"{uri}/{name}.parquet" for name in (".hidden", "a", "c")
+    ]
+    assert [one.path for one in find_sources(f"{uri}/b/1.parquet")] == [f"{uri}/b/1.parquet"]
+    # a shard may hold rows of several files
+    embed_corpus(uri, tmp_path / "out", shard_rows=25, **model)
+    embed_corpus(folder, tmp_path / "here", shard_rows=25, **model)
+    table = read(tmp_path / "out")
+    assert table["id"].to_pylist() == [row["id"] for row in rows]
+    assert table.equals(read(tmp_path / "here"))
+
+
+def test_lines_from_a_uri(tmp_path: Path, model: dict[str, Any]) -> None:
+    for suffix in (".jsonl", ".csv"):
+        source = write(tmp_path / f"in{suffix}", make_rows(70))
+        out = tmp_path / suffix[1:]
+        embed_corpus(source.as_uri(), out, shard_rows=30, **model)
+        assert read(out)["text"].to_pylist() == make_texts(70)
+
+
+def test_other_files_of_a_folder_are_named(
+    tmp_path: Path, warnings_of_nomoe: pytest.LogCaptureFixture
+) -> None:
+    write(tmp_path / "a.jsonl", make_rows(2))
+    (tmp_path / "README.md").write_text("about")
+    assert len(find_sources(tmp_path)) == 1
+    assert "README.md" in warnings_of_nomoe.text
+
+
+# --- every row, wherever a shard begins ---
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".arrow", ".jsonl", ".csv", ".txt"])
+def test_a_reader_begins_at_any_row(tmp_path: Path, suffix: str) -> None:
+    rows = make_rows(200)
+    for row in rows[::7]:
+        # a value over several lines, where the format has them
+        row["text"] += "\r\nnext" if suffix == ".csv" else ""
+    source = find_sources(write(tmp_path / f"in{suffix}", rows))[0]
+    ends = [0, *(end for block in read_blocks(source, "text") for end in block.ends)]
+    for first in (0, 1, 69, 70, 71, 199):
+        offset = ends[first] if len(ends) > 1 else 0
+        blocks = read_blocks(source, "text", place=Place(first, offset))
+        texts = [text for block in blocks for text in block.texts]
+        assert texts == [row["text"] for row in rows[first:]], first
+
+
+@pytest.mark.parametrize("shard_rows", [1, 7, 64, 1000])
+@pytest.mark.parametrize("suffix", [".parquet", ".jsonl"])
+def test_shards_hold_every_good_row_once(tmp_path: Path, suffix: str, shard_rows: int) -> None:
+    rows = make_rows(220)
+    bad = {0, 1, 63, 64, 65, 130, 219}
+    for row in bad:
+        rows[row]["text"] = None
+    write(tmp_path / f"a{suffix}", rows[:100])
+    write(tmp_path / f"b{suffix}", rows[100:101])
+    write(tmp_path / f"c{suffix}", rows[101:])
+    plan = make_plan(find_sources(tmp_path), on_bad="skip", shard_rows=shard_rows, form="parquet")
+    good = [row for row in range(220) if row not in bad]
+    assert sum(plan.bad.values()) == len(bad)
+    assert [shard.rows for shard in plan.shards] == [
+        len(good[start : start + shard_rows]) for start in range(0, len(good), shard_rows)
+    ]
+    order = np.random.default_rng(0).permutation(len(plan.shards)).tolist()
+    for shards in (range(len(plan.shards)), order):
+        reader = ShardReader(plan)
+        found: dict[int, str] = {}
+        for shard in shards:
+            windows = list(reader.windows(shard, batch_tokens=40))
+            assert [window.is_last for window in windows] == [False] * (len(windows) - 1) + [True]
+            for window in windows:
+                ids = [
+                    row["id"]
+                    for part in window.columns
+                    for row in (part if isinstance(part, list) else part.to_pylist())
+                ]
+                assert ids == [rows[row]["id"] for row in window.rows.tolist()]
+                for row, text in zip(window.rows.tolist(), window.texts, strict=True):
+                    assert row not in found
+                    found[row] = text
+        assert found == {row: rows[row]["text"] for row in good}
+
+
+def test_limit(tmp_path: Path, model: dict[str, Any]) -> None:
+    write(tmp_path / "a.jsonl", make_rows(30))
+    write(tmp_path / "b.jsonl", make_rows(30))
+    inputs = str(tmp_path / "*.jsonl")
+    assert embed_corpus(inputs, tmp_path / "out", limit=41, shard_rows=25, **model).rows == 41
+    ids = [row["id"] for row in make_rows(30)]
+    assert read(tmp_path / "out")["id"].to_pylist() == ids + ids[:11]
+
+
+# --- bad rows and broken files ---
+
+
+@pytest.fixture
+def mixed(tmp_path: Path) -> Path:
+    """Rows of every kind of trouble."""
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    rows = make_rows(20)
+    rows[3]["text"] = None
+    rows[4]["id"] = rows[5]["id"] = "twice"
+    rows[6]["text"] = "the tide turns twice a day " * 400_000
+    pq.write_table(pa.Table.from_pylist(rows[:10]), folder / "1.parquet")
+    table = pa.Table.from_pylist(rows[10:15]).drop_columns(["tags"])
+    table = table.append_column("extra", pa.array(range(5)))
+    schema = table.schema.set(
+        table.schema.get_field_index("text"), pa.field("text", pa.large_string())
+    )
+    pq.write_table(table.cast(schema), folder / "2.parquet")
+    pq.write_table(table.slice(0, 0), folder / "3-empty.parquet")
+    pq.write_table(pa.Table.from_pylist(rows[15:]), folder / "4.parquet")
+    return folder
+
+
+def test_mixed_parquet(
+    tmp_path: Path, mixed: Path, model: dict[str, Any], shallow: Encoder
+) -> None:
+    with pytest.raises(ValueError, match=r"1\.parquet, row 3 \(the first is 0\): null; on_bad="):
+        embed_corpus(mixed, tmp_path / "out", **model)
+    report = embed_corpus(mixed, tmp_path / "out", on_bad="skip", shard_rows=8, **model)
+    assert (report.rows, report.bad, report.cut) == (19, {"null": 1}, 1)
+    table = read(tmp_path / "out")
+    kept = [row for row in range(20) if row != 3]
+    assert table["source_row"].to_pylist() == kept
+    # a column that a file lacks is null in its rows; equal ids are two rows
+    assert table["extra"].to_pylist() == [None] * 9 + list(range(5)) + [None] * 5
+    assert [tags is None for tags in table["tags"].to_pylist()] == [
+        row in range(10, 15) for row in kept
+    ]
+    assert table["id"].to_pylist()[3:5] == ["twice", "twice"]
+    assert len(table["text"][5].as_py()) == 10_800_000
+    expected = shallow.encode_document([text.as_py()[:50_000] for text in table["text"]])
+    np.testing.assert_allclose(vectors_of(table), expected, atol=2e-6)
+    manifest = json.loads((tmp_path / "out" / "_manifest.json").read_text())
+    assert manifest["totals"] == {"rows": 19, "left_out": {"null": 1}, "shards": 3}
+    assert "1.parquet, row 3" in manifest["input"]["bad_examples"][0]
+
+
+def test_bad_rows_of_text_formats(tmp_path: Path, model: dict[str, Any]) -> None:
+    (tmp_path / "a.csv").write_bytes(
+        b'id,text\n1,fine\n2,\xff\xfe bad\n3,too,many\n4,"two\nlines"\n\n5,\xc3\xa9\n6\n7,end\n'
+    )
+    report = embed_corpus(tmp_path / "a.csv", tmp_path / "csv", on_bad="skip", **model)
+    table = read(tmp_path / "csv")
+    assert table["id"].to_pylist() == ["1", "4", "5", "7"]
+    assert table["source_row"].to_pylist() == [0, 3, 4, 6]
+    assert table["text"].to_pylist() == ["fine", "two\nlines", "é", "end"]
+    assert sum(report.bad.values()) == 3
+    (tmp_path / "b.jsonl").write_bytes(
+        b'{"text": "a"}\n{"text": 5}\n\n[1]\n{"text": "\\ud800"}\n{"body": 1}\n\xff\n'
+        b'{"text": "h"}\n{"te'
+    )
+    report = embed_corpus(tmp_path / "b.jsonl", tmp_path / "o.jsonl", on_bad="skip", **model)
+    lines = [json.loads(line) for line in (tmp_path / "o.jsonl").read_text().splitlines()]
+    assert [(line["source_row"], line["text"]) for line in lines] == [(0, "a"), (7, "h")]
+    assert sum(report.bad.values()) == 7
+    assert report.bad["not UTF-8"] == 1
+    (tmp_path / "c.txt").write_bytes(b"one\n\xff\nthree\n")
+    embed_corpus(tmp_path / "c.txt", tmp_path / "c", on_bad="skip", **model)
+    assert read(tmp_path / "c")["source_row"].to_pylist() == [0, 2]
+
+
+def test_text_that_is_not_utf8_in_parquet(tmp_path: Path, model: dict[str, Any]) -> None:
+    array = pa.array([b"fine", b"\xff\xfe", None, b"also"], pa.binary()).view(pa.string())
+    pq.write_table(pa.table({"text": array, "id": [1, 2, 3, 4]}), tmp_path / "in.parquet")
+    report = embed_corpus(
+        tmp_path / "in.parquet", tmp_path / "out", on_bad="skip", columns=["id"], **model
+    )
+    assert report.bad == {"not UTF-8": 1, "null": 1}
+    assert read(tmp_path / "out")["id"].to_pylist() == [1, 4]
+
+
+def damaged_parquet(path: Path) -> None:
+    """A file whose footer is whole and whose pages are not."""
+    write(path, make_rows(400))
+    content = bytearray(path.read_bytes())
+    content[200 : len(content) // 2] = bytes(len(content) // 2 - 200)
+    path.write_bytes(content)
+
+
+def cut_short(path: Path) -> None:
+    write(path, make_rows(200))
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+
+
+BROKEN = {
+    "parquet cut short": ("in.parquet", cut_short, "not a whole parquet file"),
+    "parquet of no bytes": ("in.parquet", lambda path: path.write_bytes(b""), "not a whole"),
+    "parquet with damaged pages": ("in.parquet", damaged_parquet, "not a whole parquet file"),
+    "arrow cut short": ("in.arrow", cut_short, "not a whole arrow file"),
+    "arrow stream cut short": ("in.arrows", cut_short, "not a whole arrow file"),
+    "csv cut in a quote": (
+        "in.csv",
+        lambda path: path.write_text('id,text\n1,a\n2,"cut he'),
+        "ends within a quoted value",
+    ),
+    "csv without the column": (
+        "in.csv",
+        lambda path: path.write_text("id,body\n1,a\n"),
+        "no column 'text'; its header is id, body",
+    ),
+    "numbers for text": (
+        "in.parquet",
+        lambda path: pq.write_table(pa.table({"text": [1, 2]}), path),
+        "column 'text' holds int64, expected text",
+    ),
+    "one column in two types": (
+        "in.jsonl",
+        lambda path: path.write_text('{"text": "a", "x": 1}\n{"text": "b", "x": "one"}\n'),
+        "column 'x' has no one type",
+    ),
+    "a column the output adds": (
+        "in.jsonl",
+        lambda path: path.write_text('{"text": "a", "embedding": 1}\n'),
+        "already has 'embedding'",
+    ),
+    "dates for JSON": (
+        "in.parquet",
+        lambda path: pq.write_table(
+            pa.table({"text": ["a"], "when": pa.array([[0]], pa.list_(pa.timestamp("s")))}), path
+        ),
+        "column 'when' holds list.*timestamp.*, which JSON has no value for",
+    ),
+    "numbered already": (
+        "in.parquet",
+        lambda path: pq.write_table(pa.table({"text": ["a"], "source_row": [1]}), path),
+        "already has 'source_row'",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", list(BROKEN))
+def test_broken_files_are_refused_whatever_the_policy(
+    tmp_path: Path, case: str, model: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, make, message = BROKEN[case]
+    make(tmp_path / name)
+    monkeypatch.setattr("nomoe.corpus.run.Embedder", None)
+    monkeypatch.setattr("nomoe.corpus.workers.Embedder", None)
+    out = tmp_path / ("out.jsonl" if "JSON" in case else "out")
+    with pytest.raises(ValueError, match=message):
+        embed_corpus(tmp_path / name, out, on_bad="skip", **model)
+    assert not list(tmp_path.glob("out/[!.]*"))
+    assert not list(tmp_path.glob("*out.jsonl*"))
+
+
+def test_a_csv_cut_between_quotes_loses_its_last_row_alone(
+    tmp_path: Path, model: dict[str, Any]
+) -> None:
+    (tmp_path / "in.csv").write_text("text,id\na,1\nb,2\nc")
+    with pytest.raises(ValueError, match=r"row 2 .*: 1 values, expected 2"):
+        embed_corpus(tmp_path / "in.csv", tmp_path / "out", **model)
+    assert embed_corpus(tmp_path / "in.csv", tmp_path / "o", on_bad="skip", **model).rows == 2
+
+
+def test_types_that_change_between_files(tmp_path: Path, model: dict[str, Any]) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    pq.write_table(pa.table({"text": ["a"], "n": pa.array([1], pa.int32())}), folder / "1.parquet")
+    pq.write_table(pa.table({"text": ["b"], "n": pa.array([2.5])}), folder / "2.parquet")
+    embed_corpus(folder, tmp_path / "out", **model)
+    assert read(tmp_path / "out")["n"].to_pylist() == [1, 2.5]
+    pq.write_table(pa.table({"text": ["c"], "n": ["three"]}), folder / "3.parquet")
+    with pytest.raises(ValueError, match=r"3\.parquet: column 'n' holds string, but double before"):
+        embed_corpus(folder, tmp_path / "other", **model)
+    embed_corpus(folder, tmp_path / "other", columns=["text"], **model)
+    assert read(tmp_path / "other").num_rows == 3
+
+
+@pytest.mark.parametrize("out", ["out", "o.parquet", "o.jsonl", "o.npy"])
+def test_empty_input(tmp_path: Path, out: str, model: dict[str, Any]) -> None:
+    pq.write_table(
+        pa.table({"text": pa.array([], pa.string()), "n": [1][:0]}), tmp_path / "i.parquet"
+    )
+    assert embed_corpus(tmp_path / "i.parquet", tmp_path / out, **model).rows == 0
+    if out.endswith(".npy"):
+        assert np.load(tmp_path / out).shape == (0, 96)
+    elif out.endswith(".jsonl"):
+        assert (tmp_path / out).read_bytes() == b""
+    else:
+        table = pq.read_table(tmp_path / out)
+        assert table.column_names == ["source_row", "text", "n", "embedding"]
+        assert table.num_rows == 0
+    for name in ("no.txt", "no.csv", "no.jsonl"):
+        (tmp_path / name).write_bytes(b"")
+        assert embed_corpus(tmp_path / name, tmp_path / f"{name}.npy", **model).rows == 0
+
+
+def test_a_huge_text_is_cut_without_a_change(shallow_folder: Path) -> None:
+    tokenize = WindowTokenizer(resolve_settings(shallow_folder, device="cpu", max_seq_length=64))
+    words = " ".join(make_texts(400))
+    mostly_spaces = "a" + " " * 9000 + "b " * 30
+    no_spaces = "".join(words.split())
+    texts = [words, mostly_spaces, no_spaces, "short", words[:4097], ""]
+    found = tokenize(texts)
+    prompted = [f"search_document: {text}" for text in texts]
+    expected = tokenize._tokenizer(prompted, 64)
+    assert found.ids == expected.ids
+    assert sorted(position for position, _ in found.cut) == [p for p, _ in expected.cut]
+
+
+# --- what decides a run ---
+
+
+def test_a_rerun_finishes_what_is_missing_and_nothing_else(
+    tmp_path: Path, model: dict[str, Any]
+) -> None:
+    source, out = write(tmp_path / "in.jsonl", make_rows(100)), tmp_path / "out"
+    options = {"shard_rows": 30, **model}
+    embed_corpus(source, out, **options)
+    before = {path.name: path.read_bytes() for path in out.glob("part-*")}
+    assert len(before) == 4
+    times = {path.name: path.stat().st_mtime_ns for path in out.glob("part-*")}
+    (out / "part-000001.parquet").unlink()
+    (out / "part-000003.parquet").write_bytes(before["part-000003.parquet"][:-100])
+    (out / ".part-000001.parquet.0123abcd").write_bytes(b"left by a killed run")
+    # the settings that the first run chose are found in the manifest
+    report = embed_corpus(source, out, **model)
+    assert (report.found, report.embedded, report.rows) == (2, 40, 100)
+    assert {path.name: path.read_bytes() for path in out.glob("part-*")} == before
+    assert not list(out.glob(".part*"))
+    for name in ("part-000000.parquet", "part-000002.parquet"):
+        assert (out / name).stat().st_mtime_ns == times[name]
+    report = embed_corpus(source, out, **model)
+    assert (report.found, report.embedded) == (4, 0)
+
+
+CHANGED = {
+    "dim": ({"dim": 64}, "dim was 96 and is now 64"),
+    "precision": ({"precision": "int8"}, "precision was 'float32' and is now 'int8'"),
+    "prompt": ({"prompt_name": "query"}, "prompt was 'search_document: ' and is now 'search_query"),
+    "dtype": ({"dtype": "bfloat16"}, "dtype was 'float32' and is now 'bfloat16'"),
+    "length": ({"max_seq_length": 100}, "max_seq_length was 512 and is now 100"),
+    "batches": ({"batch_tokens": 100}, "batch_tokens was 4096 and is now 100"),
+    "columns": ({"columns": ["id"]}, r"columns was None and is now \['id'\]"),
+    "text column": ({"column": "id"}, "column was 'text' and is now 'id'"),
+    "policy": ({"on_bad": "skip"}, "on_bad was 'fail' and is now 'skip'"),
+    "limit": ({"limit": 10}, "limit was None and is now 10"),
+    "shards": ({"shard_rows": 31}, "shard_rows was 30 and is now 31"),
+}
+
+
+@pytest.fixture
+def begun(tmp_path: Path, model: dict[str, Any]) -> tuple[Path, Path]:
+    source, out = write(tmp_path / "in.jsonl", make_rows(60)), tmp_path / "out"
+    embed_corpus(source, out, shard_rows=30, **model)
+    (out / "part-000001.parquet").unlink()
+    return source, out
+
+
+@pytest.mark.parametrize("case", list(CHANGED))
+def test_a_changed_setting_is_refused_by_name(
+    begun: tuple[Path, Path], case: str, model: dict[str, Any]
+) -> None:
+    change, message = CHANGED[case]
+    with pytest.raises(ValueError, match=f"begun with other settings.*{message}"):
+        embed_corpus(*begun, **(model | change))
+    assert not (begun[1] / "part-000001.parquet").exists()
+
+
+def test_changed_weights_and_versions_are_refused(
+    tmp_path: Path, begun: tuple[Path, Path], model: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import shutil
+
+    copy = shutil.copytree(model["model"], tmp_path / "copy")
+    # the same weights elsewhere are the same model
+    embed_corpus(*begun, **(model | {"model": copy}))
+    weights = copy / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-4:] = b"\0\0\0\0"
+    weights.write_bytes(content)
+    with pytest.raises(
+        ValueError, match=r"sha256 of model\.safetensors was '\w+' and is now '\w+'"
+    ):
+        embed_corpus(*begun, **(model | {"model": copy}))
+    monkeypatch.setattr("nomoe.corpus.request.__version__", "9.9")
+    with pytest.raises(ValueError, match=r"version was '0\.1\.0' and is now '9\.9'"):
+        embed_corpus(*begun, **model)
+
+
+def test_a_changed_input_is_refused_and_a_moved_one_is_not(
+    begun: tuple[Path, Path], model: dict[str, Any]
+) -> None:
+    source, out = begun
+    content = source.read_text()
+    changed = content.replace('"00007"', '"00070"')
+    assert len(changed) == len(content)
+    source.write_text(changed)
+    with pytest.raises(ValueError, match=r"begun with another input: .*in\.jsonl has changed"):
+        embed_corpus(source, out, **model)
+    source.write_text(content)
+    extra = write(source.with_name("more.jsonl"), make_rows(1))
+    with pytest.raises(ValueError, match="it was 1 files and is now 2"):
+        embed_corpus([source, extra], out, **model)
+    moved = source.rename(source.with_name("moved.jsonl"))
+    assert embed_corpus(moved, out, **model).embedded == 30
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".arrow"])
+def test_a_changed_text_of_a_typed_file_is_seen(
+    tmp_path: Path, suffix: str, model: dict[str, Any]
+) -> None:
+    rows = make_rows(40)
+    source, out = write(tmp_path / f"in{suffix}", rows), tmp_path / "out"
+    embed_corpus(source, out, **model)
+    rows[20]["text"] = rows[20]["text"][:-1] + "Z"
+    write(source, rows)
+    with pytest.raises(ValueError, match="has changed"):
+        embed_corpus(source, out, **model)
+
+
+def test_an_input_that_changes_during_a_run_ends_it(
+    begun: tuple[Path, Path], model: dict[str, Any]
+) -> None:
+    source, _ = begun
+    plan = make_plan(find_sources(source), shard_rows=30, form="parquet")
+    content, modified = source.read_text(), source.stat().st_mtime_ns
+    # as many rows, and as many bytes
+    source.write_text(content.replace('"00040"', '"00041"'))
+    with pytest.raises(RuntimeError, match=r"in\.jsonl changed after it was read first"):
+        list(ShardReader(plan).windows(1, 4096))
+    # fewer rows, as they may be found behind the file system's back
+    padding = " " * (len(content) - len(content[: content.index('{"id": "00040"')]))
+    source.write_text(content[: content.index('{"id": "00040"')] + padding)
+    os.utime(source, ns=(modified, modified))
+    with pytest.raises(RuntimeError, match=r"in\.jsonl changed after it was read first"):
+        list(ShardReader(plan).windows(1, 4096))
+
+
+def test_folders_that_are_not_ours(
+    tmp_path: Path, begun: tuple[Path, Path], model: dict[str, Any]
+) -> None:
+    source, out = begun
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "precious.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"holds precious\.txt but no _manifest\.json"):
+        embed_corpus(source, other, **model)
+    assert os.listdir(other) == ["precious.txt"]
+    # a shard of another run under a name of this one
+    embed_corpus(source, tmp_path / "more", shard_rows=30, dim=32, **model)
+    foreign = (tmp_path / "more" / "part-000001.parquet").read_bytes()
+    (out / "part-000001.parquet").write_bytes(foreign)
+    with pytest.raises(ValueError, match=r"part-000001\.parquet was made by another run"):
+        embed_corpus(source, out, **model)
+    own = (out / "part-000000.parquet").read_bytes()
+    (out / "part-000001.parquet").write_bytes(own)
+    with pytest.raises(ValueError, match=r"part-000001\.parquet was made by another run"):
+        embed_corpus(source, out, **model)
+    (out / "part-000001.parquet").unlink()
+    (out / "part-000002.parquet").write_bytes(own)
+    with pytest.raises(ValueError, match=r"part-000002\.parquet is no shard of this run"):
+        embed_corpus(source, out, **model)
+    manifest = out / "_manifest.json"
+    manifest.write_text(manifest.read_text().replace('"dim": 96', '"dim": 64'))
+    with pytest.raises(ValueError, match="changed by hand"):
+        embed_corpus(source, out, **model)
+    manifest.write_text("{}")
+    with pytest.raises(ValueError, match="not a manifest of nomoe"):
+        embed_corpus(source, out, **model)
+
+
+def test_bad_calls_are_refused_before_the_input_is_read(
+    tmp_path: Path, model: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write(tmp_path / "in.jsonl", make_rows(3))
+    monkeypatch.setattr("nomoe.corpus.request.make_plan", None)
+    out = tmp_path / "out"
+    for options, error, message in (
+        ({"dim": 97}, ValueError, "dim is 97, expected 1 to 96"),
+        ({"precision": "int4"}, ValueError, "precision is 'int4'"),
+        ({"precision": "binary", "dim": 65}, ValueError, "no multiple of 8"),
+        ({"prompt_name": "nope"}, ValueError, "no prompt is named 'nope'; known: "),
+        ({"max_seq_length": 2}, ValueError, "max_seq_length is 2"),
+        ({"on_bad": "ignore"}, ValueError, "on_bad is 'ignore'"),
+        ({"limit": 0}, ValueError, "limit is 0"),
+        ({"workers": 0}, ValueError, "workers is 0"),
+        ({"batch_tokens": 0}, ValueError, "batch_tokens is 0"),
+        ({"columns": "id"}, TypeError, "columns is a str"),
+        ({"overwrite": True}, ValueError, "overwrite is for one file"),
+        ({"model": tmp_path}, FileNotFoundError, "config.json"),
+    ):
+        with pytest.raises(error, match=message):
+            embed_corpus(source, out, **(model | options))
+    for target, options, message in (
+        (tmp_path / "o.csv", {}, "suffix '.csv'"),
+        (tmp_path / "o.npy", {"on_bad": "skip"}, "no room for row numbers"),
+        (tmp_path / "o.jsonl", {"workers": 2}, "one process writes"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            embed_corpus(source, target, **model, **options)
+    with pytest.raises(FileNotFoundError, match="no folder"):
+        embed_corpus(source, tmp_path / "a" / "b", **model)
+    with pytest.raises(ValueError, match="is inside the input folder"):
+        embed_corpus(tmp_path, tmp_path / "inside", **model)
+    for given, message in (
+        (tmp_path / "none.jsonl", "there is no file or folder"),
+        (tmp_path / "*.parquet", "no file matches"),
+        ((tmp_path / "absent").as_uri(), "there is no file or folder"),
+        (tmp_path.as_uri() + "/*.parquet", "no file matches"),
+    ):
+        with pytest.raises(FileNotFoundError, match=message):
+            embed_corpus(str(given), out, **model)
+    (tmp_path / "x.doc").write_text("")
+    (tmp_path / "x.txt").write_text("")
+    for inputs, message in (
+        (tmp_path / "x.doc", "suffix '.doc'"),
+        (tmp_path, "several formats"),
+        ([source, source], "named twice"),
+        ([], "no input"),
+        ("what://is/this", "no URI that pyarrow opens"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            embed_corpus(inputs, tmp_path.parent / "elsewhere", **model)
+    assert not out.exists()
+
+
+# --- estimates ---
+
+
+def test_estimates_say_what_they_rest_on(
+    tmp_path: Path, model: dict[str, Any], shallow: Encoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = make_rows(400)
+    rows[7]["text"] = None
+    source, out = write(tmp_path / "in.jsonl", rows), tmp_path / "out"
+    options = {"shard_rows": 200, "on_bad": "skip", **model}
+    whole = estimate_corpus(source, out, **options)
+    assert not out.exists()
+    report = embed_corpus(source, out, **options)
+    assert (whole.rows, whole.shards, whole.bad) == (399, 2, {"no text in column 'text'": 1})
+    assert whole.tokens == report.tokens
+    assert whole.sampled == 399
+    size = sum(path.stat().st_size for path in out.glob("part-*"))
+    assert whole.output_bytes == pytest.approx(size, rel=0.15)
+    said = "\n".join(whole.lines())
+    assert f"{report.tokens:,} (counted)" in said
+    assert "tokens/s measured here" in said
+
+    monkeypatch.setattr("nomoe.corpus.estimate._SAMPLE_TEXTS", 80)
+    part = estimate_corpus(source, out, **options)
+    assert 80 <= part.sampled < 399
+    assert part.tokens == pytest.approx(report.tokens, rel=0.2)
+    assert f"estimated from {part.sampled:,} texts" in "\n".join(part.lines())
+
+
+def test_progress_is_logged_nowhere_and_cuts_once(
+    tmp_path: Path, model: dict[str, Any], warnings_of_nomoe: pytest.LogCaptureFixture
+) -> None:
+    source = write(tmp_path / "in.jsonl", make_rows(50))
+    embed_corpus(source, tmp_path / "out", shard_rows=10, max_seq_length=10, **model)
+    assert [record.levelno for record in warnings_of_nomoe.records] == [logging.WARNING]
+    assert "of 50 texts were longer than max_seq_length=10 tokens and were cut" in (
+        warnings_of_nomoe.text
+    )
