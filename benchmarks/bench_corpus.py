@@ -30,6 +30,8 @@ from typing import Any
 import harness
 import numpy as np
 import pyarrow as pa
+import report
+import script
 import torch
 import workload
 from pyarrow import parquet
@@ -219,18 +221,18 @@ def render(record: dict[str, Any]) -> str:
         )
     ]
     lines = [
-        *harness.heading(record),
+        *report.heading(record),
         f"{one['rows']:,} rows, {one['tokens']:,} tokens, in {record['files']} Parquet files; "
         f"{model}. {one['rows'] / whole:,.0f} rows/s. Vectors off the Encoder's by at most "
         f"{record['max_abs']:.1e} on {record['checked']:,} rows; every id in its place. Load "
         f"average {record['load_at_the_end']:.1f} at the end.",
         "",
-        *harness.table(cells),
+        *report.table(cells),
         "",
         f"Overhead {overhead / whole:.1%} (at most {MOST_OVERHEAD:.0%}); memory {growth:+.1%} from "
         f"a tenth to the end (at most {MOST_GROWTH:.0%} either way).",
         "",
-        *harness.table(memory),
+        *report.table(memory),
     ]
     if record["ray"]:
         rows = record["ray"][0]["rows"]
@@ -239,7 +241,7 @@ def render(record: dict[str, Any]) -> str:
         for row in record["ray"]:
             speed = f"{rows / row['seconds']:,.0f}"
             cells.append([str(row["actors"]), f"{row['seconds']:,.1f}", speed])
-        lines += harness.table(cells)
+        lines += report.table(cells)
     return "\n".join(lines) + "\n"
 
 
@@ -251,12 +253,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rows", type=int, help="(default: a million)")
     parser.add_argument("--ray", action="store_true", help="also with 1, 2 and 4 actors of Ray")
     parser.add_argument("--ray-rows", type=int, default=100_000, help="(default: %(default)s)")
-    parser.add_argument("--output", type=Path, default=harness.RESULTS, help="folder for results")
+    parser.add_argument("--output", type=Path, default=report.RESULTS, help="folder for results")
     args = parser.parse_args(arguments)
     rows = args.rows or (4000 if args.smoke else 1_000_000)
     if rows < 1 or args.ray_rows < 1:
         parser.error("rows must be at least 1")
-    machine = harness.machine_line(torch.device("cpu"))
+    machine = report.machine_line(torch.device("cpu"))
     scratch = Path(tempfile.mkdtemp(prefix="nomoe-bench-corpus-"))
     try:
         tiny = synthetic.write_checkpoint(scratch / "tiny")
@@ -270,8 +272,7 @@ def main(arguments: list[str] | None = None) -> int:
         try:
             deviation = check(scratch / "in", scratch / "out", model, rows)
         except harness.DisagreementError as error:
-            print(f"no figure is reported, since outputs disagree: {error}", file=sys.stderr)
-            return 1
+            return script.refuse(error)
         on_ray = []
         if args.ray:
             del options["workers"]
@@ -283,7 +284,7 @@ def main(arguments: list[str] | None = None) -> int:
     record = {
         "benchmark": "bench_corpus",
         "date": datetime.date.today().isoformat(),
-        "command": harness.command_line(arguments),
+        "command": report.command_line(arguments),
         "machine": machine,
         "model": "2 layers of width 96, random weights, float32, one thread",
         "files": -(-rows // 100_000),
@@ -293,11 +294,7 @@ def main(arguments: list[str] | None = None) -> int:
         "max_abs": deviation.max_abs,
         "ray": on_ray,
     }
-    stem = "bench_corpus" + ("-ray" if args.ray else "") + ("-smoke" if args.smoke else "")
-    text = render(record)
-    print(text)
-    for path in harness.write_results(record, args.output, stem, text):
-        print(f"wrote {path}", file=sys.stderr)
+    script.finish(record, args, "bench_corpus" + ("-ray" if args.ray else ""), render(record))
     overhead = 1 - one["forward_s"] / one["seconds"]
     growth = one["resident_at_end"] / one["resident_at_10"] - 1
     missed = [

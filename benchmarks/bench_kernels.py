@@ -18,15 +18,15 @@ its layer.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import bench_moe
 import harness
+import report
+import script
 import torch
 from bench_moe import LAYERS, Ceiling, Work, copy_ceiling
 from torch import Tensor
@@ -349,8 +349,11 @@ def works(
 def main(arguments: list[str] | None = None) -> int:
     """Run the benchmark; return the exit status."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    parser = argparse.ArgumentParser(description="Time attention, dense products, norms, pooling.")
-    parser.add_argument("--smoke", action="store_true", help="toy sizes and few tokens")
+    parser = script.parser(
+        "Time attention, dense products, norms, pooling.",
+        repeats=10,
+        smoke="toy sizes and few tokens",
+    )
     parser.add_argument(
         "--only", nargs="+", choices=KINDS, default=list(KINDS), help="which kernels"
     )
@@ -359,18 +362,13 @@ def main(arguments: list[str] | None = None) -> int:
         "--tokens", type=int, nargs="+", help="tokens of a batch, where no text ends"
     )
     parser.add_argument("--dtype", choices=DTYPES, default="float16")
-    parser.add_argument("--device", help="cpu, cuda, ...; by default a GPU where there is one")
-    parser.add_argument("--repeats", type=int, default=10, help="timed calls of each contender")
-    parser.add_argument("--output", type=Path, default=harness.RESULTS, help="folder for results")
-    args = parser.parse_args(arguments)
+    args = script.parse(parser, arguments, counts=["tokens"])
     tokens = tuple(args.tokens or (SMOKE_TOKENS if args.smoke else TOKENS))
-    if min(*tokens, args.repeats) < 1:
-        parser.error("--tokens and --repeats must be at least 1")
     device = resolve_device(args.device)
     if device.type == "cuda":
         # graphs are captured on the current device
         torch.cuda.set_device(device)
-    machine = harness.machine_line(device)
+    machine = report.machine_line(device)
     dtype = DTYPES[args.dtype]
     obstacle = bench_moe.triton_obstacle(device, dtype)
     not_run = {"nomoe": obstacle} if obstacle else {}
@@ -388,16 +386,15 @@ def main(arguments: list[str] | None = None) -> int:
                     case = bench_moe.build_case(work, layers, args.dtype, device)
                     measured = harness.measure(case, repeats=args.repeats, device=device)
                     # the runs hold graphs and their memory; the record needs names and figures
-                    results.append(bench_moe.forget_runs(case, measured))
+                    results.append(harness.forget_runs(case, measured))
                     del case, measured, work, layers
         except harness.DisagreementError as error:
-            print(f"no speed is reported, since outputs disagree: {error}", file=sys.stderr)
-            return 1
+            return script.refuse(error)
 
-    record = harness.make_record(
+    record = report.make_record(
         "bench_kernels",
         results,
-        command=harness.command_line(arguments),
+        command=report.command_line(arguments),
         machine=machine,
         settings={
             "dtype": args.dtype,
@@ -409,11 +406,7 @@ def main(arguments: list[str] | None = None) -> int:
         },
         not_run=not_run,
     )
-    stem = f"bench_kernels-{device.type}-{args.dtype}" + ("-smoke" if args.smoke else "")
-    print(harness.render(record))
-    for path in harness.write_results(record, args.output, stem):
-        print(f"wrote {path}", file=sys.stderr)
-    return 0
+    return script.finish(record, args, f"bench_kernels-{device.type}-{args.dtype}")
 
 
 if __name__ == "__main__":
