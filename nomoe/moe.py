@@ -387,3 +387,37 @@ def router_input(inputs: tuple[Any, ...]) -> Tensor:
     """What the router reads, (T, D), from the inputs of `MoE.forward` that a hook is given."""
     x_TD, y_TD, norm = inputs[:3]
     return reference.add_layer_norm(x_TD.float(), y_TD, norm.parts)
+
+
+class Followed:
+    """The kernels of one MoE layer in plain torch, on experts that another model chose.
+
+    Args:
+        experts_TK: They.
+    """
+
+    def __init__(self, experts_TK: Tensor) -> None:
+        self._experts_TK = experts_TK
+
+    def moe_block(
+        self, x_TD: Tensor, y_TD: Tensor, norm: Norm, moe: MoEWeights, next_norm: Norm
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """As `reference.moe_block`, with this model's own weights of those experts."""
+        z_TD = reference.add_layer_norm(x_TD, y_TD, norm)
+        every_TE, experts_TE = reference.route(z_TD, moe.router_ED, len(moe.w1_EDF))
+        probabilities_TE = torch.zeros_like(every_TE).scatter(1, experts_TE, every_TE)
+        weights_TK = probabilities_TE.gather(1, self._experts_TK)
+        if moe.normalize:
+            weights_TK = weights_TK / weights_TK.sum(dim=-1, keepdim=True)
+        order_R, ends_E = reference.permute(self._experts_TK, len(moe.w1_EDF))
+        rows_RD = reference.expert_mlp(
+            z_TD[order_R // moe.top_k],
+            moe.w1_EDF,
+            moe.w2_EFD,
+            ends_E,
+            weights_TK.flatten()[order_R],
+        )
+        out_TD = reference.unpermute_add_norm(
+            rows_RD, order_R, moe.bias_D, moe.top_k, z_TD, next_norm
+        )
+        return out_TD, weights_TK, self._experts_TK

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from functools import partial
@@ -16,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from nomoe import Encoder, NomicMoEConfig, NomicMoEModel, cli, data, model, synthetic, verify
-from nomoe.moe import MoE
+from nomoe.moe import Followed, MoE
 from nomoe.verify import Check, GoldenCase, golden_cases
 from nomoe_kernels import cpu, reference
 from tests import oracle
@@ -302,7 +303,10 @@ def test_bounds_in_16_bits() -> None:
     gaps_TM = torch.ones(31 + 7 + 128 + 1, 6)
 
     def results(recorded: Any) -> list[str]:
-        return [check.result for check in verify.compare_16_bit(recorded, case, gaps_TM)]
+        return [check.result for check in verify.compare_16_bit(recorded, case, followed)]
+
+    def followed(experts: Any) -> tuple[Tensor, Tensor]:
+        return verify._flips(experts, case.router_experts), gaps_TM
 
     recorded = Recorded(case, torch.float16)
     assert results(recorded) == ["ok"] * 4
@@ -354,12 +358,71 @@ def test_rotary_angles_are_exact_far_into_a_text() -> None:
         assert float((sin[:, i] - angles.sin()).abs().max()) < 6e-8
 
 
-def test_router_gaps_are_the_margins(full_width: NomicMoEModel) -> None:
+def test_an_exact_model_that_is_followed_gives_the_margins(full_width: NomicMoEModel) -> None:
     margins = json.loads((data.FULL_WIDTH / "margins.json").read_text(encoding="utf-8"))
     (case,) = golden_cases(data.FULL_WIDTH)
-    gaps_TM = verify.router_gaps(full_width, case.input_ids, case.attention_mask)
+    # in float64, where a gap is off by less than what a float32 forward of this width may be
+    exact = copy.deepcopy(full_width).double()
+    differs_TM, gaps_TM = verify.follow(exact, case, case.router_experts)
     expected = [margins[f"ragged.{layer}"] for layer in range(6)]
+    assert not differs_TM.any()
     assert gaps_TM.min(dim=0).values.tolist() == pytest.approx(expected, abs=1e-6)
+    assert not exact.training
+
+
+def test_what_follows_a_flip_is_judged_by_a_model_that_took_it() -> None:
+    """A flip moves its text, so that the float32 model alone says nothing of what comes after."""
+    [tiny_case] = [case for case in golden_cases(data.TINY) if case.name == "ragged"]
+    experts = [one.clone() for one in tiny_case.router_experts]
+    token = 3
+    experts[0][token] = torch.tensor([one for one in range(8) if one not in experts[0][token]][:2])
+    before = verify.follow(tiny(), tiny_case, tiny_case.router_experts)
+    after = verify.follow(tiny(), tiny_case, experts)
+    # at the flip itself nothing has moved yet, but it shows
+    assert torch.equal(after[1][:, 0], before[1][:, 0])
+    assert after[0][:, 0].nonzero().flatten().tolist() == [token]
+    # later the gaps of its text have moved, those of the others not
+    text_T = tiny_case.attention_mask.nonzero()[:, 0]
+    moved_T = (after[1][:, 1] - before[1][:, 1]).abs() > 1e-6
+    assert moved_T[text_T == text_T[token]].all()
+    assert not moved_T[text_T != text_T[token]].any()
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_followed_experts_are_weighed_and_summed(normalize: bool) -> None:
+    def normal(seed: int, *shape: int) -> Tensor:
+        return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+    (T, D, E, width), K = (9, 32, 5, 48), 2
+    norms = [reference.Norm(1 + normal(one, D) / 9, normal(one + 9, D) / 9, 1e-5) for one in (1, 2)]
+    moe = reference.MoEWeights(
+        normal(3, E, D),
+        normal(4, E, D, width) / 6,
+        normal(5, E, width, D) / 7,
+        normal(6, D),
+        K,
+        normalize,
+    )
+    x_TD, y_TD = normal(7, T, D), normal(8, T, D)
+    # no token's best ones, in no order
+    experts_TK = torch.stack([torch.arange(T) % E, (torch.arange(T) + 2) % E], dim=1)
+    out_TD, weights_TK, taken_TK = Followed(experts_TK).moe_block(
+        x_TD, y_TD, norms[0], moe, norms[1]
+    )
+    assert torch.equal(taken_TK, experts_TK)
+    z_TD = F.layer_norm(x_TD + y_TD, (D,), norms[0].weight_D, norms[0].bias_D).double()
+    for token, z_D in enumerate(z_TD):
+        chosen = experts_TK[token].tolist()
+        weights = (moe.router_ED.double() @ z_D).softmax(0)[chosen]
+        if normalize:
+            weights = weights / weights.sum()
+        torch.testing.assert_close(weights_TK[token].double(), weights, atol=1e-6, rtol=0)
+        sum_D = z_D + moe.bias_D.double()
+        for weight, one in zip(weights, chosen, strict=True):
+            hidden = F.gelu(z_D @ moe.w1_EDF[one].double())
+            sum_D = sum_D + weight * (hidden @ moe.w2_EFD[one].double())
+        expected = F.layer_norm(sum_D, (D,), norms[1].weight_D.double(), norms[1].bias_D.double())
+        torch.testing.assert_close(out_TD[token].double(), expected, atol=2e-6, rtol=0)
 
 
 def test_golden_weights_follow_their_recipe() -> None:
