@@ -90,7 +90,7 @@ def test_two_set_up_commands_of_which_ci_runs_the_second() -> None:
     commands = [line for block in blocks("sh") for line in block.splitlines() if "-m venv" in line]
     assert len(commands) == 2
     assert commands[0].endswith("nomoe demo")
-    assert commands[1].endswith("python -m pytest")
+    assert commands[1].endswith("python -m pytest -n 2")
     assert commands[1] in (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()
 
 
