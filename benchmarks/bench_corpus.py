@@ -255,7 +255,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--ray-rows", type=int, default=100_000, help="(default: %(default)s)")
     parser.add_argument("--output", type=Path, default=report.RESULTS, help="folder for results")
     args = parser.parse_args(arguments)
-    rows = args.rows or (4000 if args.smoke else 1_000_000)
+    rows = args.rows
+    if rows is None:
+        rows = 4000 if args.smoke else 1_000_000
     if rows < 1 or args.ray_rows < 1:
         parser.error("rows must be at least 1")
     machine = report.machine_line(torch.device("cpu"))

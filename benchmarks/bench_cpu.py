@@ -127,8 +127,11 @@ def build_case(
     plain = {dtype: f"ceiling: F.linear alone, {dtype}" for dtype in models}
     for dtype, packed in models.items():
         add(f"nomoe, {dtype}", partial(packed, texts), dtype, plain[dtype])
+    # llama.cpp multiplies its files' types in the nearest that the ceilings have
+    like = {"bf16": "bfloat16", "q8_0": "bfloat16"}
     for peer, matrices in others:
-        add(peer.name, partial(peer, texts), matrices, plain.get(matrices, plain["float32"]))
+        ceiling = plain.get(like.get(matrices, matrices), plain["float32"])
+        add(peer.name, partial(peer, texts), matrices, ceiling)
     for dtype, packed in models.items():
         batches = [
             packed.routed_rows([texts[position] for position in positions])

@@ -42,6 +42,7 @@ from tqdm.auto import tqdm
 
 from nomoe import NomicMoEModel, synthetic
 from nomoe.checkpoint import TOKENIZER_FILE, load_tensors, locate
+from nomoe.engine import token_budget
 from nomoe.model import DTYPES, resolve_device
 from nomoe.tokenizer import Tokenizer
 
@@ -70,21 +71,22 @@ def build_cases(
     from_ids: Sequence[peers.Peer],
     from_strings: dict[str, EmbedTexts],
     packed: peers.Packed,
+    tensors: dict[str, Tensor],
     oracle: peers.Peer,
     dtype: str,
 ) -> list[Case]:
     """Make the case that begins with ids, and the one that begins with strings."""
-    config, tensors = packed.model.config, packed.model.state_dict()
+    config = packed.model.config
     lengths = [len(one) for one in ids]
     tokens, padded = sum(lengths), max(lengths) * len(lengths)
     flop = harness.forward_flop(config, lengths)
     most = BOUNDS[dtype]
     bound = most._replace(cosine_distance=most.cosine_distance + DRIFT[dtype] / len(texts))
+    products = harness.linear_ceiling(config, tensors, packed.routed_rows(ids))
+    if packed.model.device.type == "cuda":
+        products = harness.captured(products)
     ceiling = Contender(
-        "ceiling: projections alone",
-        harness.linear_ceiling(config, tensors, packed.routed_rows(ids)),
-        harness.projection_flop(config, tokens),
-        bound=None,
+        "ceiling: projections alone", products, harness.projection_flop(config, tokens), bound=None
     )
 
     def contender(name: str, run: Callable[[], Tensor], scale: float) -> Contender:
@@ -144,34 +146,42 @@ def compare(
     dtype = DTYPES[args.dtype]
     setting = text_peers.Setting(folder, args.dtype, device, args.tei, args.trust_remote_code)
     not_run = {one.name: reason for one in text_peers.PEERS if (reason := one.obstacle(setting))}
+    not_run["fastembed"] = text_peers.why_not_fastembed()
     model = NomicMoEModel.from_pretrained(folder, device=device, dtype=dtype)
     config = model.config
     shapes = {name: tuple(one.shape) for name, one in model.state_dict().items()}
     tensors = load_tensors(folder, shapes, dtype=dtype, device=device)
-    exact = load_tensors(folder, shapes, dtype=torch.float32, device=device)
+    exact = tensors
+    if dtype != torch.float32:
+        exact = load_tensors(folder, shapes, dtype=torch.float32, device=device)
 
-    packed = peers.Packed(model)
+    packed = peers.Packed(model, token_budget(model))
     everyone: list[peers.Peer] = [
         packed, peers.PaddedLoop(config, tensors), stock.Stock(config, tensors)
     ]  # fmt: skip
     not_run |= {peer.name: reason for peer in everyone if (reason := peer.available())}
     from_ids = [peer for peer in everyone if peer.name not in not_run]
-    from_strings = {
-        one.name: one.load(setting) for one in text_peers.PEERS if one.name not in not_run
-    }
+    from_strings = {}
+    for one in text_peers.PEERS:
+        if one.name not in not_run:
+            try:
+                from_strings[one.name] = one.load(setting)
+            # what others raise where they cannot run a checkpoint or a device
+            except (RuntimeError, ValueError, OSError, ImportError, SystemExit) as error:
+                if one is text_peers.NOMOE:
+                    raise
+                not_run[one.name] = f"it could not be loaded: {error}"
 
     print("computing what to expect ...", file=sys.stderr)
     tokenizer = Tokenizer(folder / TOKENIZER_FILE, config.embedding_rows)
     oracle = peers.PaddedLoop(config, exact)
     inputs = workload.Writer(tokenizer, SEED).inputs(scale)
-    cases = [
-        case
-        for title, texts in tqdm(inputs.items(), disable=None)
-        for case in build_cases(
-            title, texts, tokenizer(texts, MOST_TOKENS).ids, from_ids, from_strings, packed,
-            oracle, args.dtype,
+    cases = []
+    for title, texts in tqdm(inputs.items(), disable=None):
+        ids = tokenizer(texts, MOST_TOKENS).ids
+        cases += build_cases(
+            title, texts, ids, from_ids, from_strings, packed, tensors, oracle, args.dtype
         )
-    ]  # fmt: skip
     calls = (harness.WARM_UP + args.repeats) * sum(len(case.contenders) for case in cases)
     try:
         with tqdm(total=calls, unit=" calls", desc="timing", disable=None) as bar:
@@ -192,6 +202,7 @@ def compare(
             "dtype": args.dtype,
             "device": str(device),
             "backend": model.backend.name,
+            "others": text_peers.versions(),
             "repeats": args.repeats,
             "warm-up": harness.WARM_UP,
             "width": config.n_embd,

@@ -20,6 +20,7 @@ import script
 
 from nomoe import Encoder, data, synthetic
 from nomoe.checkpoint import DEFAULT_REPO
+from nomoe.model import resolve_device
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -28,12 +29,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser = script.parser(
         "Count which experts each language uses.", repeats=None, smoke="small random weights"
     )
-    parser.add_argument("--model", default=DEFAULT_REPO, help="a folder or repository")
+    parser.add_argument("--model", help=f"a folder or repository (default: {DEFAULT_REPO})")
     args = script.parse(parser, arguments)
+    machine = report.machine_line(resolve_device(args.device))
     with tempfile.TemporaryDirectory() as temporary:
-        model = args.model
-        if args.smoke and model == DEFAULT_REPO:
-            model = synthetic.write_checkpoint(Path(temporary) / "tiny", "tiny")
+        model = args.model or DEFAULT_REPO
+        weights = str(model)
+        if args.smoke and args.model is None:
+            model, weights = synthetic.write_checkpoint(Path(temporary) / "tiny", "tiny"), "random"
         encoder = Encoder.from_pretrained(model, device=args.device)
         routes = {
             language: [encoder.route(texts, prompt_name=one) for one in ("query", "document")]
@@ -49,8 +52,8 @@ def main(arguments: list[str] | None = None) -> int:
         "benchmark": "expert_use",
         "date": datetime.date.today().isoformat(),
         "command": report.command_line(arguments),
-        "machine": report.machine_line(encoder.device),
-        "weights": "random" if args.smoke else str(args.model),
+        "machine": machine,
+        "weights": weights,
         "layers": layers,
         "shares": shares,
     }

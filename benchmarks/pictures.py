@@ -92,8 +92,10 @@ def pictures(record: Record) -> Iterator[Picture]:
             name = f"-{kind.replace(' ', '-')}" if kind else ""
             if several:
                 yield speeds(f"speed{name}", f"Tokens per second{suffix}", several)
-            if single:
-                yield latency(f"latency{name}", f"Time of a single text{suffix}", single[0])
+            for place, case in enumerate(single):
+                number = f"-{place + 1}" if place else ""
+                title = f"Time of a single text{suffix}"
+                yield latency(f"latency{name}{number}", title, case)
     elif record["benchmark"] in ("bench_moe", "bench_kernels"):
         rows = [
             row
@@ -132,6 +134,7 @@ def speeds(name: str, title: str, cases: list[Record]) -> Picture:
 
     def draw(axes: Axes) -> None:
         height = 0.8 / len(names)
+        first = {one: next(case for case in cases if row_of(case, one)) for one in names}
         for index, contender in enumerate(names):
             for place, case in enumerate(cases):
                 row = row_of(case, contender)
@@ -140,7 +143,7 @@ def speeds(name: str, title: str, cases: list[Record]) -> Picture:
                 y = place + (index - (len(names) - 1) / 2) * height
                 axes.barh(
                     y, row["tokens_per_s"], 0.9 * height, color=colour(index),
-                    label=contender if place == 0 else None,
+                    label=contender if case is first[contender] else None,
                 )  # fmt: skip
                 axes.annotate(
                     f"{row['tokens_per_s']:,.0f}", (row["tokens_per_s"], y), (3, 0),
@@ -225,7 +228,7 @@ def curve(sweep: str, cases: list[Record]) -> Picture:
 def roofline(cases: list[Record]) -> Picture:
     """Every kernel by its operations to a byte, below what the ceilings of the run allow."""
     timed = [
-        (row["flop"], 1e6 * row["gb_per_s"] * row["median_ms"], row, "deviation" in row)
+        (row["flop"], 1e6 * row.get("gb_per_s", 0) * row["median_ms"], row, "deviation" in row)
         for case in cases
         for row in case["contenders"]
         if row.get("gb_per_s") or "deviation" not in row
@@ -233,10 +236,12 @@ def roofline(cases: list[Record]) -> Picture:
 
     def draw(axes: Axes) -> None:
         compute = max(row["tflop_per_s"] for _, _, row, kernel in timed if not kernel)
-        memory = max(row.get("gb_per_s", 0) for _, _, row, kernel in timed if not kernel)
+        # what moves most is read from memory, and not from a cache
+        moving = [(moved, row) for _, moved, row, kernel in timed if not kernel and moved]
+        memory = max(moving, key=lambda one: one[0])[1]["gb_per_s"]
         intensities = [flop / moved for flop, moved, _, kernel in timed if kernel and flop]
-        low, high = min(*intensities, 1) / 2, 2 * max(*intensities, 1e3 * compute / memory)
         ridge = 1e3 * compute / memory
+        low, high = min(*intensities, ridge) / 2, 2 * max(*intensities, ridge)
         axes.plot(
             [low, ridge, high], [low * memory / 1e3, compute, compute], color="#999999",
             label=f"ceilings measured: {compute:.3g} TFLOP/s, {memory:,.0f} GB/s",
@@ -295,7 +300,9 @@ def shorten(title: str) -> str:
 
 def legend(axes: Axes) -> None:
     """Below the drawing, where it hides nothing."""
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, frameon=False, fontsize=8)
+    figure = axes.figure
+    assert isinstance(figure, Figure)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8)
 
 
 def write(path: Path, picture: Picture, record: Record, theme: str) -> None:

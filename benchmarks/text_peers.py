@@ -7,23 +7,21 @@ and gives unit vectors. What it cannot do without is looked for before anything 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.error import URLError
 from urllib.request import Request, urlopen
 
-import numpy as np
 import torch
 from torch import Tensor
 
 import nomoe
-from nomoe.checkpoint import DEFAULT_REPO
 from nomoe.model import DTYPES
 
 # (n, D) float32, unit norm, in the order of the texts
@@ -144,11 +142,20 @@ def _vllm_obstacle(setting: Setting) -> str | None:
 def _load_vllm(setting: Setting) -> EmbedTexts:
     import vllm
 
-    model = vllm.LLM(model=str(setting.folder), runner="pooling", dtype=setting.dtype)
+    model = vllm.LLM(
+        model=str(setting.folder),
+        runner="pooling",
+        dtype=setting.dtype,
+        max_model_len=512,
+        # of the whole card, on which others are already
+        gpu_memory_utilization=0.3,
+    )
 
     def embed(texts: list[str]) -> Tensor:
-        outputs = model.embed(texts, use_tqdm=False)
-        vectors = torch.tensor([one.outputs.embedding for one in outputs])
+        outputs = model.encode(
+            texts, pooling_task="embed", truncate_prompt_tokens=-1, use_tqdm=False
+        )
+        vectors = torch.stack([one.outputs.data for one in outputs]).float().cpu()
         return torch.nn.functional.normalize(vectors, dim=1)
 
     return embed
@@ -158,9 +165,11 @@ def _tei_obstacle(setting: Setting) -> str | None:
     if setting.tei is None:
         return "no server was named; --tei takes the address of one that serves this checkpoint"
     try:
-        _ask(setting.tei + "/info")
+        info = _ask(setting.tei + "/info")
     except (URLError, OSError, ValueError) as error:
         return f"{setting.tei} does not answer: {error}"
+    if (served := info.get("model_dtype")) != setting.dtype:
+        return f"{setting.tei} serves {served}, and {setting.dtype} is compared"
     return None
 
 
@@ -189,7 +198,8 @@ def _ask(address: str, body: object = None) -> Any:
         return json.load(response)
 
 
-def _fastembed_obstacle(setting: Setting) -> str | None:
+def why_not_fastembed() -> str:
+    """Say why fastembed is not among the peers: no version that was looked at has this model."""
     if reason := _missing("fastembed"):
         return reason
     from fastembed import TextEmbedding
@@ -197,19 +207,17 @@ def _fastembed_obstacle(setting: Setting) -> str | None:
     known = [one["model"].lower() for one in TextEmbedding.list_supported_models()]
     if not any("nomic-embed-text-v2-moe" in name for name in known):
         return f"fastembed {version('fastembed')} does not have this model"
-    return None if setting.device.type == "cpu" else "it is compared on a CPU alone"
+    return f"fastembed {version('fastembed')} has this model by now, but no adapter here yet"
 
 
-def _load_fastembed(setting: Setting) -> EmbedTexts:
-    from fastembed import TextEmbedding
-
-    model = TextEmbedding(DEFAULT_REPO, threads=os.cpu_count())
-
-    def embed(texts: list[str]) -> Tensor:
-        vectors = torch.from_numpy(np.stack(list(model.embed(texts)))).float()
-        return torch.nn.functional.normalize(vectors, dim=1)
-
-    return embed
+def versions() -> str:
+    """Versions of what the peers are made of, as far as it is installed."""
+    packages = ("transformers", "sentence-transformers", "megablocks", "vllm")
+    found = []
+    for package in packages:
+        with suppress(PackageNotFoundError):
+            found.append(f"{package} {version(package)}")
+    return " and ".join(found) or "none"
 
 
 NOMOE = TextPeer("nomoe, Encoder", lambda setting: None, _load_nomoe)
@@ -223,5 +231,4 @@ PEERS = (
     TextPeer("the published code", _remote_obstacle, _load_remote),
     TextPeer("vLLM", _vllm_obstacle, _load_vllm),
     TextPeer("text-embeddings-inference", _tei_obstacle, _load_tei),
-    TextPeer("fastembed", _fastembed_obstacle, _load_fastembed),
 )

@@ -115,12 +115,17 @@ def draw_model(
     So each router is made blind to the mean of every text, in the order of the data.
 
     Args:
-        config: Sizes, of which the width must exceed the number of texts.
+        config: Sizes.
         texts: Token ids.
         seed: Of the weights.
         unevenness: Spread of the experts' offsets, in units of the logits' own spread: 0 sends
             every expert about as many tokens.
+
+    Raises:
+        ValueError: As many texts as the model is wide, or more: nothing is blind to all of them.
     """
+    if len(texts) >= config.n_embd:
+        raise ValueError(f"{len(texts)} texts, expected fewer than the width of {config.n_embd}")
     model = random_model(config, seed)
     lengths = [len(ids) for ids in texts]
 

@@ -173,9 +173,10 @@ def test_written_texts_have_the_lengths_and_languages_they_should(tmp_path):
         (lambda x: 1.01 * x, "at the worst place"),
         (lambda x: x.index_fill(1, torch.tensor([3]), float("nan")), "nan"),
         (lambda x: x.flip(0), "mean 1 - cosine"),
+        (lambda x: 1.1 * x, "in length"),
         (lambda x: x[:, :-1], r"\(3, 95\), expected \(3, 96\)"),
     ],
-    ids=["one per cent", "nan", "order", "shape"],
+    ids=["one per cent", "nan", "order", "length", "shape"],
 )
 def test_a_wrong_output_is_refused(spoil, message):
     expected = torch.randn(3, 96, generator=torch.Generator().manual_seed(0))
@@ -186,9 +187,10 @@ def test_a_wrong_output_is_refused(spoil, message):
 def test_the_deviation_is_measured():
     expected = torch.tensor([[3.0, 4.0], [1.0, 0.0]])
     output = torch.tensor([[3.0, 4.0], [1.0, 1.0]])
-    found = harness.check_agreement("one", output, expected, Deviation(1.0, 1.0))
+    found = harness.check_agreement("one", output, expected, Deviation(1.0, 1.0, 1.0))
     assert found.cosine_distance == pytest.approx((0 + 1 - 0.5**0.5) / 2)
     assert found.max_abs == 1.0
+    assert found.length == pytest.approx((0 + 2**0.5 - 1) / 2)
 
 
 def test_an_output_that_goes_wrong_late_is_refused():
