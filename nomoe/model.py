@@ -6,11 +6,11 @@ the length of each. Padding exists only in `NomicMoEModel.forward`, which packs 
 
 from __future__ import annotations
 
+import copy
 import logging
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,7 @@ from . import opaque
 from .checkpoint import CONFIG_FILE, DEFAULT_REPO, load_tensors, locate
 from .config import NomicMoEConfig
 from .moe import (
+    LAYING_OUT,
     BackendName,
     LayerNorm,
     Linear,
@@ -32,9 +33,6 @@ from .moe import (
 )
 
 logger = logging.getLogger(__name__)
-
-# whoever lays weights out, or needs them as they were, does so alone
-_LAYING_OUT = threading.Lock()
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -160,6 +158,10 @@ class NomicMoEModel(nn.Module):
         RuntimeError: The backend cannot run on this machine.
     """
 
+    # lay matrices out for inference on a CPU: their parameters read as NaN meanwhile to whoever
+    # does not ask this class for them, see `Packable`
+    packs_matrices: ClassVar[bool] = True
+
     def __init__(
         self,
         config: NomicMoEConfig,
@@ -191,6 +193,15 @@ class NomicMoEModel(nn.Module):
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         # a copy is another model
         self._number = opaque.register(self)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        # a forward in another thread must not lay out what is being copied
+        with LAYING_OUT:
+            copied = type(self).__new__(type(self))
+            memo[id(self)] = copied
+            state = self.__getstate__()  # type: ignore[no-untyped-call]
+            copied.__setstate__(copy.deepcopy(state, memo))
+        return copied
 
     @classmethod
     def from_pretrained(
@@ -517,13 +528,14 @@ class NomicMoEModel(nn.Module):
     def _lay_out(self) -> Ops:
         """Have the weights as the forward that follows wants them, and give its kernels."""
         ops = None
-        if self.backend.name == "torch" and self.device.type == "cpu" and not self.training:
+        is_cpu = self.backend.name == "torch" and self.device.type == "cpu"
+        if is_cpu and self.packs_matrices and not self.training:
             needs_parameters = torch.compiler.is_compiling() or (
                 torch.is_grad_enabled()
                 and any(one.requires_grad for _, one in super().named_parameters())
             )
             ops = None if needs_parameters else cpu_ops(self.dtype)
-        with _LAYING_OUT:
+        with LAYING_OUT:
             for part in self._packables:
                 if ops is None:
                     part.unpack()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from typing import Any, Literal, NamedTuple, Protocol, Self
@@ -185,13 +186,18 @@ def _triton_obstacle(
     return None
 
 
+# whoever lays weights out, or gives them back, does so alone; a forward under way in another thread
+# goes on with what it finds, which is one or the other
+LAYING_OUT = threading.RLock()
+
+
 class Packable(nn.Module):
     """A module whose matrices can be laid out in advance for inference on a CPU.
 
     While they are, `packed` holds them, and their parameters keep identity, shape and dtype but no
-    memory: every number in one is the same NaN. Who asks the module for tensors gets the true ones:
-    `state_dict` makes copies; `train`, `to`, `load_state_dict`, pickling and `copy.deepcopy` unpack
-    first. A parameter that is given other numbers meanwhile keeps those.
+    memory: every number in one is the same NaN. `state_dict`, `train`, `to`, `load_state_dict`,
+    pickling and `copy.deepcopy` of the module give the parameters their numbers back first. A
+    parameter that is given other numbers meanwhile keeps those.
     """
 
     # names of the parameters that are packed
@@ -206,37 +212,35 @@ class Packable(nn.Module):
     @torch.no_grad()
     def pack(self) -> None:
         """Lay the matrices out for `nomoe_kernels.cpu` and free the originals."""
-        if self.packed is not None:
-            if all(_is_sealed(self._parameters[name]) for name in self.packable):
-                return
-            self.unpack()
-        self.packed = {}
-        for name in self.packable:
-            parameter = self.get_parameter(name)
-            views = self.matrices(name, parameter.data)
-            self.packed[name] = [cpu.pack_weight(view) for view in views]
-            parameter.data = parameter.new_full((), torch.nan).expand(parameter.shape)
-
-    @torch.no_grad()
-    def unpack(self) -> None:
-        """Give the parameters their numbers back."""
-        if self.packed is not None:
-            dense = self._dense()
+        with LAYING_OUT:
+            if self.packed is not None:
+                if all(_is_sealed(self._parameters[name]) for name in self.packable):
+                    return
+                self.unpack()
+            packed = {}
+            for name in self.packable:
+                views = self.matrices(name, self.get_parameter(name).data)
+                packed[name] = [cpu.pack_weight(view) for view in views]
+            # whole before any parameter loses its numbers
+            self.packed = packed
             for name in self.packable:
                 parameter = self.get_parameter(name)
-                parameter.data = dense.get(name, parameter.data.contiguous())
-            self.packed = None
+                parameter.data = parameter.new_full((), torch.nan).expand(parameter.shape)
 
-    def _dense(self) -> dict[str, Tensor]:
-        dense = {}
-        for name, packed in (self.packed or {}).items():
-            parameter = self.get_parameter(name)
-            if _is_sealed(parameter):
-                dense[name] = torch.empty(parameter.shape, dtype=parameter.dtype)
-                views = self.matrices(name, dense[name])
-                for view, matrix in zip(views, packed, strict=True):
+    def unpack(self) -> None:
+        """Give the parameters their numbers back."""
+        # made in inference mode they could not be trained
+        with LAYING_OUT, torch.inference_mode(False), torch.no_grad():
+            for name, matrices in (self.packed or {}).items():
+                parameter = self.get_parameter(name)
+                if not _is_sealed(parameter):
+                    parameter.data = parameter.data.contiguous()
+                    continue
+                dense = torch.empty(parameter.shape, dtype=parameter.dtype)
+                for view, matrix in zip(self.matrices(name, dense), matrices, strict=True):
                     view.copy_(cpu.unpack_weight(matrix))
-        return dense
+                parameter.data = dense
+            self.packed = None
 
     def train(self, mode: bool = True) -> Self:
         """Set the mode; training needs the parameters."""
@@ -254,11 +258,9 @@ class Packable(nn.Module):
         self.unpack()
         super()._load_from_state_dict(*arguments)
 
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        if keep_vars:
-            self.unpack()
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination.update({prefix + name: tensor for name, tensor in self._dense().items()})
+    def _save_to_state_dict(self, *arguments: Any) -> None:
+        self.unpack()
+        super()._save_to_state_dict(*arguments)
 
     def __getstate__(self) -> dict[str, Any]:
         self.unpack()
@@ -329,7 +331,15 @@ class Linear(nn.Linear, Packable):
         self, x_TI: Tensor, ops: Ops, *, gelu: bool = False
     ) -> Tensor:
         """Apply the layer, (T, O)."""
-        weight_OI = self.weight if self.packed is None else self.packed["weight"][0]
+        weight_OI: Tensor = self.weight
+        if ops is cpu:
+            # in this order: another thread may lay the matrix out, or give it back, in between
+            weight_OI = weight_OI.detach()
+            packed = self.packed
+            if packed is None:
+                ops = reference
+            else:
+                [weight_OI] = packed["weight"]
         return ops.linear(x_TI, weight_OI, self.bias, gelu=gelu)
 
 
@@ -371,12 +381,20 @@ class MoE(nn.Module):
             experts_TK: The experts they belong to.
         """
         mlp = self.experts.mlp
-        if mlp.packed is None:
-            # applied as x @ w1[e].T and h @ w2[e]: w1 is viewed transposed, w2 as stored
-            w1: Any = mlp.w1.unflatten(0, (self.num_experts, -1)).transpose(1, 2)
-            w2: Any = mlp.w2.unflatten(0, (self.num_experts, -1))
+        w1: Any = mlp.w1
+        w2: Any = mlp.w2
+        packed = None
+        if ops is cpu:
+            # in this order, as in `Linear`
+            w1, w2 = w1.detach(), w2.detach()
+            packed = mlp.packed
+        if packed is not None:
+            w1, w2 = packed["w1"], packed["w2"]
         else:
-            w1, w2 = mlp.packed["w1"], mlp.packed["w2"]
+            ops = reference if ops is cpu else ops
+            # applied as x @ w1[e].T and h @ w2[e]: w1 is viewed transposed, w2 as stored
+            w1 = w1.unflatten(0, (self.num_experts, -1)).transpose(1, 2)
+            w2 = w2.unflatten(0, (self.num_experts, -1))
         weights = MoEWeights(
             self.router.layer.weight, w1, w2, self.experts.bias, self.top_k, self.normalize
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib
 import pickle
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
@@ -178,7 +179,7 @@ def same(state: dict[str, Tensor], checkpoint: dict[str, Tensor]) -> bool:
 
 def test_state_dict_is_the_checkpoints(model: NomicMoEModel, checkpoint: dict[str, Tensor]) -> None:
     assert same(model.state_dict(), checkpoint)
-    assert packed(model), "copies should do"
+    embed(model)
     assert same({**model.state_dict(keep_vars=True)}, checkpoint)
     assert isinstance(model.state_dict(keep_vars=True)["emb_ln.weight"], nn.Parameter)
 
@@ -277,6 +278,68 @@ def test_a_compiled_forward(model: NomicMoEModel) -> None:
         alone = model(torch.arange(4, 34)[None])[0]
     torch.testing.assert_close(output, alone, atol=1e-5, rtol=0)
     assert torch.equal(embed(model), expected)
+
+
+def test_what_is_loaded_in_place_counts(
+    model: NomicMoEModel, checkpoint: dict[str, Tensor]
+) -> None:
+    """As torch.distributed.checkpoint does, into the tensors of a state_dict."""
+    for name, tensor in model.state_dict().items():
+        tensor.copy_(0.5 * checkpoint[name])
+    fresh = NomicMoEModel(model.config).eval()
+    fresh.load_state_dict({name: 0.5 * tensor for name, tensor in checkpoint.items()})
+    assert torch.equal(embed(model), embed(fresh))
+
+
+def test_parameters_asked_for_in_inference_mode_still_train(model: NomicMoEModel) -> None:
+    with torch.inference_mode():
+        embed(model)
+        assert not any(one.isnan().any() for one in model.parameters())
+    model.train().forward_packed(torch.arange(4, 34), [20, 10])[0].sum().backward()
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_weights_given_back_in_the_middle_of_a_forward(
+    again: bool, model: NomicMoEModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By another thread that counts parameters, say, and laid out once more by a third."""
+    before = embed(model)
+    calls = iter(range(100))
+    attention = cpu.attention
+
+    def interrupted(*inputs: object) -> Tensor:
+        call = next(calls)
+        if call == 1:
+            assert not any(one.isnan().any() for one in model.parameters())
+        if call == 2 and again:
+            model._lay_out()
+        return attention(*inputs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(cpu, "attention", interrupted)
+    torch.testing.assert_close(embed(model), before, atol=1e-5, rtol=0)
+    monkeypatch.setattr(cpu, "attention", attention)
+    assert torch.equal(embed(model), before)
+
+
+def test_a_thread_may_ask_while_another_embeds(model: NomicMoEModel) -> None:
+    before = embed(model)
+    done = threading.Event()
+
+    def count() -> None:
+        while not done.is_set():
+            assert all(one.isfinite().all() for one in model.state_dict().values())
+            sum(one.numel() for one in model.parameters())
+            copy.deepcopy(model)
+
+    with ThreadPoolExecutor(2) as pool:
+        counting = pool.submit(count)
+        try:
+            for _ in range(100):
+                torch.testing.assert_close(embed(model), before, atol=1e-5, rtol=0)
+        finally:
+            done.set()
+        counting.result()
+    assert torch.equal(embed(model), before)
 
 
 def test_threads_may_share_a_model(checkpoint: dict[str, Tensor], model: NomicMoEModel) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from sentence_transformers import SentenceTransformer
+from torch.optim.swa_utils import AveragedModel
 
 import nomoe
 from nomoe import Encoder, data
@@ -97,7 +98,7 @@ def test_saved_and_loaded_by_every_road(
     model: SentenceTransformer, encoder: Encoder, tmp_path: Path
 ) -> None:
     expected = encoder.encode_document(TEXTS)
-    model.encode(TEXTS)  # packs the matrices
+    model.encode(TEXTS)
     folder = tmp_path / "saved"
     model.save_pretrained(str(folder))
     kinds = [module["type"] for module in json.loads((folder / "modules.json").read_text())]
@@ -128,12 +129,14 @@ def test_workers_are_right(model: SentenceTransformer, encoder: Encoder) -> None
     np.testing.assert_allclose(queries, encoder.encode_query(TEXTS[:4]), atol=1e-5)
 
 
-def test_calls_do_not_pack_again(model: SentenceTransformer) -> None:
-    model.encode(TEXTS[0])
-    packed = model[0].auto_model.encoder.layers[1].mlp.experts.mlp.packed
-    assert packed is not None
-    model.encode(TEXTS[:3])
-    assert model[0].auto_model.encoder.layers[1].mlp.experts.mlp.packed is packed
+def test_weights_stay_what_they_are(model: SentenceTransformer) -> None:
+    """Others average, count and copy the parameters of a SentenceTransformer between calls."""
+    average = AveragedModel(model)
+    for _ in range(2):
+        before = model.encode(TEXTS[:3])
+        average.update_parameters(model)
+    assert all(one.isfinite().all() for one in model.parameters())
+    np.testing.assert_allclose(average.module.encode(TEXTS[:3]), before, atol=1e-6)
 
 
 def test_bare_class_with_and_without_register(
