@@ -61,12 +61,21 @@ def hidden(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
     return states
 
 
-def assert_same(model: nn.Module, folder: Path, inputs: dict[str, Tensor]) -> None:
-    """Every hidden state equals, bit for bit, that of nomoe's own class."""
+def plain_model(folder: Path, dtype: torch.dtype = torch.float32) -> NomicMoEModel:
+    """The class of nomoe itself, on the products that transformers models run."""
+    model = NomicMoEModel.from_pretrained(folder, device="cpu", dtype=dtype)
+    model.packs_matrices = False  # type: ignore[misc]
+    return model
+
+
+def assert_same(
+    model: nn.Module, folder: Path, inputs: dict[str, Tensor], atol: float = 0.0
+) -> None:
+    """Every hidden state equals that of nomoe's own class, bit for bit where atol is 0."""
     dtype = next(model.parameters()).dtype
-    expected = hidden(NomicMoEModel.from_pretrained(folder, device="cpu", dtype=dtype), inputs)
+    expected = hidden(plain_model(folder, dtype), inputs)
     for ours, theirs in zip(expected, hidden(model, inputs), strict=True):
-        assert torch.equal(ours, theirs)
+        torch.testing.assert_close(ours, theirs, atol=atol, rtol=0)
 
 
 # ---- what register does
@@ -273,7 +282,7 @@ def test_saved_files_are_the_originals(used: bool, tiny_folder: Path, tmp_path: 
     assert {key: v for key, v in before.items() if key not in changed} == {
         key: v for key, v in after.items() if key not in changed
     }
-    for load in (AutoModel.from_pretrained, NomicMoEModel.from_pretrained):
+    for load in (AutoModel.from_pretrained, plain_model):
         assert_same(load(tmp_path / "saved"), tiny_folder, batch(tiny_folder))
 
 
@@ -290,7 +299,7 @@ def test_a_model_made_here_is_saved_for_everybody(tiny_folder: Path, tmp_path: P
     assert saved["auto_map"] == data.real_config()["auto_map"]
     assert saved["architectures"] == data.real_config()["architectures"]
     ids = torch.arange(3, 20)[None]
-    ours = NomicMoEModel.from_pretrained(tmp_path / "made", device="cpu")
+    ours = plain_model(tmp_path / "made")
     with torch.no_grad():
         assert torch.equal(model.eval()(ids)[0], ours(ids)[0])
 
@@ -320,7 +329,8 @@ def test_weights_survive_use_and_change(change: str, tiny_folder: Path) -> None:
     state = changed.state_dict()
     for name, tensor in saved_tensors(tiny_folder).items():
         assert torch.equal(state[name], tensor), name
-    assert_same(changed, tiny_folder, inputs)
+    # a copy lies at other addresses than the mapped file, and products may round otherwise there
+    assert_same(changed, tiny_folder, inputs, atol=1e-6)
 
 
 def test_moving_to_the_same_place_unpacks_nothing(tiny_folder: Path) -> None:
@@ -355,7 +365,8 @@ def test_another_process_registers_when_it_is_sent_a_model(
     with torch.no_grad():
         expected = model(**inputs)[0]
     for back in torch.load(tmp_path / "back"):
-        assert torch.equal(back, expected)
+        # from other addresses products may round otherwise
+        torch.testing.assert_close(back, expected, atol=1e-6, rtol=0)
 
 
 @pytest.mark.usefixtures("registered")
@@ -365,7 +376,7 @@ def test_resizing_keeps_what_the_config_promises(tiny_folder: Path, tmp_path: Pa
     model.resize_token_embeddings(2050)
     assert model.get_input_embeddings().weight.shape == (2112, 96)
     model.save_pretrained(tmp_path / "resized")
-    back = NomicMoEModel.from_pretrained(tmp_path / "resized", device="cpu")
+    back = plain_model(tmp_path / "resized")
     assert torch.equal(back.embeddings.word_embeddings.weight[: len(table)], table)
     assert_same(model, tmp_path / "resized", {"input_ids": torch.tensor([[0, 2100, 2]])})
 
@@ -375,7 +386,7 @@ def test_resizing_keeps_what_the_config_promises(tiny_folder: Path, tmp_path: Pa
 
 def test_outputs(tiny_folder: Path) -> None:
     model = HFNomicMoEModel.from_pretrained(tiny_folder)
-    ours = NomicMoEModel.from_pretrained(tiny_folder, device="cpu")
+    ours = plain_model(tiny_folder)
     inputs = batch(tiny_folder)
     with torch.no_grad():
         expected = ours(**inputs, output_hidden_states=True, output_routing=True)
