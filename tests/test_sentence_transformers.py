@@ -114,6 +114,23 @@ def test_saved_and_loaded_by_every_road(
     np.testing.assert_allclose(again.encode_document(TEXTS), expected, atol=1e-5)
 
 
+def test_saved_length_and_dimension_hold_for_the_encoder(tiny_folder: Path, tmp_path: Path) -> None:
+    options = {"max_seq_length": 32, "truncate_dim": 24}
+    model = nomoe.sentence_transformer(tiny_folder, device="cpu", **options)
+    model.save_pretrained(str(tmp_path))
+    text = " ".join(TEXTS)
+    loaded = nomoe.sentence_transformer(tmp_path, device="cpu")
+    expected = loaded.encode_document([text])
+    ours = Encoder.from_pretrained(tmp_path, device="cpu")
+    assert (ours.max_seq_length, ours.truncate_dim) == (32, 24)
+    vectors = ours.encode_document([text], normalize_embeddings=False)
+    np.testing.assert_allclose(vectors, expected, atol=1e-5)
+    # the text is long enough to tell
+    longer = Encoder.from_pretrained(tmp_path, device="cpu", max_seq_length=512)
+    whole = longer.encode_document([text], normalize_embeddings=False)
+    assert np.abs(whole - expected).max() > 1e-3
+
+
 @pytest.mark.slow
 def test_workers_are_right(model: SentenceTransformer, encoder: Encoder) -> None:
     """Each is a fresh process (spawn) that has imported nothing."""

@@ -50,8 +50,8 @@ def sentence_transformer(
             float16 on CUDA. Train in float32.
         backend: "auto", "torch" or "triton"; only torch trains.
         max_seq_length: Longest text in tokens; None takes the repository's (512).
-        truncate_dim: Keep only the first features (Matryoshka); None keeps all. As in any
-            SentenceTransformer vectors are then no longer unit norm.
+        truncate_dim: Keep only the first features (Matryoshka); None takes the repository's (all).
+            As in any SentenceTransformer vectors are then no longer unit norm.
         local_files_only: Never reach for the network.
         token: Hub token, or True for the stored one.
         cache_dir: Hub cache folder.
@@ -78,7 +78,7 @@ def sentence_transformer(
         local_files_only=local_files_only,
     )
     config = NomicMoEConfig.from_json(folder / CONFIG_FILE)
-    settings = read_sentence_settings(folder)
+    settings = read_sentence_settings(folder, config.n_positions)
     tokenizer = Tokenizer(folder / TOKENIZER_FILE, config.embedding_rows)
     for name, value, most in (
         ("max_seq_length", max_seq_length, config.n_positions),
