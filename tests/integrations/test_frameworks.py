@@ -13,6 +13,7 @@ from llama_index.core.ingestion import IngestionCache, IngestionPipeline
 from llama_index.core.ingestion.pipeline import get_transformation_hash
 from llama_index.core.schema import TextNode
 
+import nomoe
 from nomoe import Encoder, data
 from nomoe.integrations.langchain import NomicMoEEmbeddings
 from nomoe.integrations.llama_index import NomicMoEEmbedding
@@ -93,6 +94,16 @@ def test_llama_indexs_cache_tells_models_apart(encoder: Encoder) -> None:
 def test_llama_index_wants_the_models_name(encoder: Encoder) -> None:
     with pytest.raises(TypeError, match="model_name"):
         NomicMoEEmbedding(encoder)  # type: ignore[call-arg]
+
+
+def test_check_sees_the_model_in_an_adapter(encoder: Encoder) -> None:
+    adapters = (NomicMoEEmbeddings(encoder), NomicMoEEmbedding(encoder, model_name="tiny"))
+    for adapter in adapters:
+        nomoe.check(adapter)
+    encoder.model.encoder.layers[3].mlp.experts.mlp.w2 = None
+    for adapter in adapters:
+        with pytest.raises(ValueError, match="lacks 1 of"):
+            nomoe.check(adapter)
 
 
 def test_the_encoders_dimension_holds(encoder: Encoder) -> None:
