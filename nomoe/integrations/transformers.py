@@ -102,7 +102,7 @@ class HFNomicMoEConfig(PretrainedConfig):
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """All settings, with the class that their `auto_map` names, else with the published pair."""
+        """All settings, with the class that their `auto_map` names, or the published pair."""
         published = data.real_config()
         values: dict[str, Any] = super().to_dict()
         if "AutoModel" not in (values.get("auto_map") or {}):
@@ -159,8 +159,8 @@ class HFNomicMoEModel(NomicMoEModel, PreTrainedModel):
         """Load as every transformers model; parameters are those of `PreTrainedModel`.
 
         Raises:
-            ValueError: Tensors are missing, unexpected, of another shape or not finite in the dtype,
-                settings unsupported, or `device_map` spreads the model over several devices.
+            ValueError: Tensors are missing, unexpected, of another shape or not finite in the
+                dtype, settings unsupported, or `device_map` spreads the model over several devices.
             RuntimeError: The backend cannot run here.
         """
         _check_device_map(kwargs.get("device_map"))
