@@ -6,9 +6,10 @@
     python benchmarks/mteb.py smoke                  a toy task and model, offline, in seconds
 
 Needs nomoe[mteb], the network for weights and data sets, and for all of BEIR or MIRACL a GPU and a
-day. Finished tasks are kept in MTEB's cache (~/.cache/mteb) and not run again. The scores are nDCG
-at 10, in percent, and their mean over tasks (BEIR) or languages (MIRACL). The card does not say how
-it averages: BEIR's 15 data sets, CQADupStack as one, are the usual way.
+day. Finished tasks are kept in MTEB's cache (~/.cache/mteb), apart from those that another program
+or another version of nomoe ran, and not run again. The scores are nDCG at 10, in percent, and their
+mean over tasks (BEIR) or languages (MIRACL). The card does not say how it averages: BEIR's 15 data
+sets, CQADupStack as one, are the usual way.
 """
 
 from __future__ import annotations

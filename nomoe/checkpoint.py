@@ -41,7 +41,7 @@ PROMPTS_FILE = "config_sentence_transformers.json"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
-_SETTINGS_FILES = (
+SETTINGS_FILES = (
     CONFIG_FILE,
     TOKENIZER_FILE,
     TOKENIZER_CONFIG_FILE,
@@ -52,7 +52,7 @@ _SETTINGS_FILES = (
 )
 # everything that nomoe, or transformers for it, reads from a repository, and nothing else
 NEEDED_FILES = (
-    *_SETTINGS_FILES,
+    *SETTINGS_FILES,
     "special_tokens_map.json",
     # where modules.json puts the pooling elsewhere
     "*_Pooling/config.json",
@@ -197,7 +197,7 @@ def _is_whole(folder: Path) -> bool:
         find_weights(folder)
     except (FileNotFoundError, ValueError):
         return False
-    return all((folder / name).is_file() for name in _SETTINGS_FILES)
+    return all((folder / name).is_file() for name in SETTINGS_FILES)
 
 
 def find_weights(folder: Path) -> list[Path]:
@@ -274,7 +274,7 @@ def load_tensors(
         spoiled = []
         for name in shapes:
             tensor = files[name].get_tensor(name).to(device=device, dtype=dtype)
-            if not _is_finite(tensor):
+            if not is_finite(tensor):
                 spoiled.append(name)
             tensors[name] = tensor
         if spoiled:
@@ -300,7 +300,8 @@ def _compare(
             yield f"{name}: dtype {stored.get_dtype()}, expected one of {', '.join(_FLOATS)}"
 
 
-def _is_finite(tensor: Tensor) -> bool:
+def is_finite(tensor: Tensor) -> bool:
+    """Whether a tensor has neither NaN nor infinite values."""
     # the extremes of a tensor with a NaN are NaN; unlike isfinite() this makes no temporary
     low, high = torch.aminmax(tensor)
     return bool(torch.isfinite(low) & torch.isfinite(high))

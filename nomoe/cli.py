@@ -87,7 +87,9 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help="prompt of every text: query, document, ...; '' for none (default: %(default)s)",
     )
-    embed.add_argument("--dim", type=int, help="keep the first features only (default: all 768)")
+    embed.add_argument(
+        "--dim", type=int, help="keep the first features only (default: as the model says, or all)"
+    )
     embed.add_argument("--column", default="text", help="where the text is (default: %(default)s)")
     embed.add_argument(
         "--columns",

@@ -43,10 +43,10 @@ class Encoder:
     Args:
         model: The encoder.
         tokenizer: Its tokenizer.
-        settings: What its repository says about prompts, length and pooling.
+        settings: What its repository says about prompts, length, dimension and pooling.
         max_seq_length: Longest text in tokens, special tokens and prompt included; None takes the
             repository's (512). The model was trained at 512 and runs up to 2048.
-        truncate_dim: Keep only the first features (Matryoshka); None keeps all.
+        truncate_dim: Keep only the first features (Matryoshka); None takes the repository's (all).
 
     Attributes:
         prompts: Prompt by name; where the repository has "passage", "document" is there too.
@@ -68,7 +68,7 @@ class Encoder:
         self.default_prompt_name = settings.default_prompt_name
         self._normalizes = settings.normalizes
         self.max_seq_length = settings.max_seq_length if max_seq_length is None else max_seq_length
-        self.truncate_dim = truncate_dim
+        self.truncate_dim = settings.truncate_dim if truncate_dim is None else truncate_dim
         self._noted_missing_prompt = False
 
     @classmethod
@@ -99,7 +99,8 @@ class Encoder:
             backend: "auto", "torch" or "triton".
             batch_invariant: Ask for vectors whose bits do not depend on the batch (triton only).
             max_seq_length: Longest text in tokens; None takes the repository's (512).
-            truncate_dim: Keep only the first features (Matryoshka); None keeps all.
+            truncate_dim: Keep only the first features (Matryoshka); None takes the repository's
+                (all).
             local_files_only: Never reach for the network.
             token: Hub token, or True for the stored one.
             cache_dir: Hub cache folder.
@@ -121,9 +122,9 @@ class Encoder:
         )
         # the small files first, so that nothing is found wrong only after the weights are read
         config = NomicMoEConfig.from_json(folder / CONFIG_FILE)
-        settings = read_sentence_settings(folder)
+        settings = read_sentence_settings(folder, config.n_positions)
         _check_length(max_seq_length or settings.max_seq_length, config)
-        _check_dim(truncate_dim, config)
+        _check_dim(settings.truncate_dim if truncate_dim is None else truncate_dim, config)
         tokenizer = Tokenizer(folder / TOKENIZER_FILE, config.embedding_rows)
         model = NomicMoEModel.from_pretrained(
             folder, device=device, dtype=dtype, backend=backend, batch_invariant=batch_invariant

@@ -7,7 +7,13 @@ import logging
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .checkpoint import MODULES_FILE, POOLING_FILE, PROMPTS_FILE, SENTENCE_FILE
+from .checkpoint import (
+    MODULES_FILE,
+    POOLING_FILE,
+    PROMPTS_FILE,
+    SENTENCE_FILE,
+    TOKENIZER_CONFIG_FILE,
+)
 from .tokenizer import check_texts
 
 logger = logging.getLogger(__name__)
@@ -26,6 +32,8 @@ TRAINED_PROMPTS = {
 }
 # the length the model was trained with, in tokens
 TRAINED_LENGTH = 512
+# transformers writes 10^30 where nobody set a length
+_NO_LENGTH = 10**9
 
 
 class SentenceSettings(NamedTuple):
@@ -36,10 +44,16 @@ class SentenceSettings(NamedTuple):
     max_seq_length: int
     # whether the repository's own pipeline ends in a Normalize module
     normalizes: bool
+    # features to keep of a vector; None keeps all
+    truncate_dim: int | None
 
 
-def read_sentence_settings(folder: Path) -> SentenceSettings:
+def read_sentence_settings(folder: Path, n_positions: int) -> SentenceSettings:
     """Read the sentence-transformers files; an absent one means what the published model has.
+
+    Args:
+        folder: The checkpoint.
+        n_positions: Longest text that the model takes, in tokens.
 
     Raises:
         FileNotFoundError: modules.json names a pooling whose settings are absent.
@@ -67,7 +81,7 @@ def read_sentence_settings(folder: Path) -> SentenceSettings:
     _check_pooling(pooling_file)
 
     sentence = _read(folder / SENTENCE_FILE, dict) or {}
-    length = sentence.get("max_seq_length") or TRAINED_LENGTH
+    length = sentence.get("max_seq_length") or _tokenizers_length(folder, n_positions)
     if sentence.get("do_lower_case"):
         raise ValueError(f"{folder / SENTENCE_FILE}: do_lower_case=true is unsupported")
     if not isinstance(length, int):
@@ -79,6 +93,9 @@ def read_sentence_settings(folder: Path) -> SentenceSettings:
         raise ValueError(
             f"{folder / PROMPTS_FILE}: similarity_fn_name {similarity!r} is unsupported"
         )
+    truncate_dim = settings.get("truncate_dim")
+    if truncate_dim is not None and type(truncate_dim) is not int:
+        raise ValueError(f"{folder / PROMPTS_FILE}: truncate_dim is {truncate_dim!r}")
     prompts = settings.get("prompts") or TRAINED_PROMPTS
     if not isinstance(prompts, dict) or not all(isinstance(p, str) for p in prompts.values()):
         raise ValueError(f"{folder / PROMPTS_FILE}: prompts must map names to strings")
@@ -90,7 +107,18 @@ def read_sentence_settings(folder: Path) -> SentenceSettings:
     # and without this key embeds documents with no prefix at all
     if not prompts.get("document") and prompts.get("passage"):
         prompts = prompts | {"document": prompts["passage"]}
-    return SentenceSettings(dict(prompts), default, length, normalizes)
+    return SentenceSettings(dict(prompts), default, length, normalizes, truncate_dim)
+
+
+def _tokenizers_length(folder: Path, n_positions: int) -> int:
+    """The length where sentence-transformers 6 saves it, with the tokenizer."""
+    path = folder / TOKENIZER_CONFIG_FILE
+    length = (_read(path, dict) or {}).get("model_max_length")
+    if length is None:
+        return TRAINED_LENGTH
+    if isinstance(length, bool) or not isinstance(length, int | float):
+        raise ValueError(f"{path}: model_max_length is {length!r}")
+    return TRAINED_LENGTH if length > _NO_LENGTH else min(int(length), n_positions)
 
 
 def _check_pooling(path: Path) -> None:

@@ -66,7 +66,16 @@ def test_check_finds_what_is_missing(tiny_folder: Path) -> None:
         nomoe.check(model)
 
 
+@pytest.mark.parametrize("bad_is_first", [True, False])
+def test_check_looks_at_every_model(bad_is_first: bool, tiny_folder: Path) -> None:
+    good, bad = (HFNomicMoEModel.from_pretrained(tiny_folder) for _ in range(2))
+    nomoe.check(nn.ModuleDict({"query": good, "document": bad}))
+    bad.encoder.layers[3].mlp.experts.mlp.w2 = None
+    with pytest.raises(ValueError, match="lacks 1 of"):
+        nomoe.check(nn.ModuleList([bad, good] if bad_is_first else [good, bad]))
+
+
 @pytest.mark.parametrize(("model", "error"), [("text", TypeError), (nn.Linear(2, 2), ValueError)])
 def test_check_refuses_what_is_no_model(model: Any, error: type[Exception]) -> None:
-    with pytest.raises(error, match=r"expected a model|holds no nomic_bert"):
+    with pytest.raises(error, match=r"is str, expected a torch module|holds no nomic_bert"):
         nomoe.check(model)

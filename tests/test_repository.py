@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from nomoe import Encoder
+from nomoe.corpus.embedder import resolve_settings
 from nomoe.repository import TRAINED_PROMPTS, read_sentence_settings
 from nomoe.tokenizer import Tokenizer
 
@@ -26,7 +27,7 @@ def edit(path: Path, **changes: Any) -> None:
 
 
 def test_the_published_settings(folder: Path) -> None:
-    settings = read_sentence_settings(folder)
+    settings = read_sentence_settings(folder, 2048)
     assert settings.prompts == TRAINED_PROMPTS | {"document": "search_document: "}
     assert settings.max_seq_length == 512
     assert settings.normalizes
@@ -34,7 +35,7 @@ def test_the_published_settings(folder: Path) -> None:
 
 
 def test_absent_files_mean_the_published_model(tmp_path: Path) -> None:
-    settings = read_sentence_settings(tmp_path)
+    settings = read_sentence_settings(tmp_path, 2048)
     assert settings.prompts == TRAINED_PROMPTS | {"document": "search_document: "}
     assert settings.max_seq_length == 512
     assert settings.normalizes
@@ -54,6 +55,36 @@ def test_a_repositorys_own_settings(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("length", "expected"), [(128, 128), (8192, 2048), (10**30, 512), (1e30, 512), (None, 512)]
+)
+def test_length_that_the_tokenizer_holds(folder: Path, length: Any, expected: int) -> None:
+    """sentence-transformers 6 saves none in its own file."""
+    edit(folder / "sentence_bert_config.json", max_seq_length=None)
+    edit(folder / "tokenizer_config.json", model_max_length=length)
+    assert read_sentence_settings(folder, 2048).max_seq_length == expected
+
+
+def test_a_length_of_the_tokenizer_that_is_none(folder: Path) -> None:
+    edit(folder / "sentence_bert_config.json", max_seq_length=None)
+    edit(folder / "tokenizer_config.json", model_max_length="long")
+    with pytest.raises(ValueError, match="model_max_length is 'long'"):
+        read_sentence_settings(folder, 2048)
+
+
+def test_a_repositorys_dimension_and_length_give_way_to_arguments(folder: Path) -> None:
+    edit(folder / "sentence_bert_config.json", max_seq_length=None)
+    edit(folder / "tokenizer_config.json", model_max_length=32)
+    edit(folder / "config_sentence_transformers.json", truncate_dim=24)
+    encoder = Encoder.from_pretrained(folder, device="cpu")
+    assert (encoder.max_seq_length, encoder.truncate_dim) == (32, 24)
+    assert encoder.encode_query("tide").shape == (24,)
+    encoder = Encoder.from_pretrained(folder, device="cpu", max_seq_length=64, truncate_dim=96)
+    assert (encoder.max_seq_length, encoder.truncate_dim) == (64, 96)
+    settings = resolve_settings(folder, device="cpu")
+    assert (settings.max_seq_length, settings.dim) == (32, 24)
+
+
+@pytest.mark.parametrize(
     ("file", "changes", "message"),
     [
         ("1_Pooling/config.json", {"pooling_mode_cls_token": True}, "pooling .* expected mean"),
@@ -66,6 +97,8 @@ def test_a_repositorys_own_settings(folder: Path) -> None:
         ("1_Pooling/config.json", {"include_prompt": False}, "include_prompt=false"),
         ("sentence_bert_config.json", {"max_seq_length": "long"}, "max_seq_length is 'long'"),
         ("sentence_bert_config.json", {"max_seq_length": 4096}, "expected 3 to 2048"),
+        ("config_sentence_transformers.json", {"truncate_dim": "all"}, "truncate_dim is 'all'"),
+        ("config_sentence_transformers.json", {"truncate_dim": 97}, "truncate_dim is 97"),
         ("config_sentence_transformers.json", {"prompts": ["a"]}, "prompts must map"),
         ("config_sentence_transformers.json", {"default_prompt_name": "x"}, "is no prompt"),
         ("config_sentence_transformers.json", {"similarity_fn_name": "euclidean"}, "euclidean"),

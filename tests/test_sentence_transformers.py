@@ -17,10 +17,11 @@ from torch.optim.swa_utils import AveragedModel
 
 import nomoe
 from nomoe import Encoder, data
-from nomoe.integrations.transformers import HFNomicMoEModel
+from nomoe.integrations.transformers import HFNomicMoEModel, is_registered
 from nomoe.repository import TRAINED_PROMPTS
 from tests.hf import native_can_load
 
+MODULE = "nomoe.integrations.sentence_transformers"
 TEXTS = [text for group in data.sentences().values() for text in group][:40]
 
 
@@ -72,7 +73,8 @@ def test_options(tiny_folder: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"max_seq_length": 4096}, "max_seq_length is 4096, expected 1 to 2048"),
+        ({"max_seq_length": 4096}, "max_seq_length is 4096, expected 3 to 2048"),
+        ({"max_seq_length": 2}, "max_seq_length is 2, expected 3 to 2048"),
         ({"truncate_dim": 97}, "truncate_dim is 97, expected 1 to 96"),
         ({"dtype": "int8"}, "dtype is 'int8'"),
         ({"backend": "cuda"}, "backend is 'cuda'"),
@@ -90,8 +92,29 @@ def test_a_tokenizer_of_another_kind_is_refused(tiny_folder: Path, tmp_path: Pat
     shutil.copytree(tiny_folder, folder)
     path = folder / "tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"tokenizer_class": "BertTokenizer"}))
-    with pytest.raises(ValueError, match=r"gives other ids than its tokenizer\.json"):
-        nomoe.sentence_transformer(folder, device="cpu")
+    for registered in (False, True):
+        if registered:
+            nomoe.register()
+        with pytest.raises(ValueError, match=r"gives other ids than its tokenizer\.json"):
+            nomoe.sentence_transformer(folder, device="cpu")
+        # as it was before
+        assert is_registered() is registered
+
+
+def test_a_repositorys_name_is_kept(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In what it saves, and in PEFT's adapters; not the folder in somebody's cache."""
+    commit = "1" * 40
+    snapshot = Path(shutil.copytree(tiny_folder, tmp_path / "snapshots" / commit))
+    monkeypatch.setattr(f"{MODULE}.locate", lambda *arguments, **options: snapshot)
+    model = nomoe.sentence_transformer("someone/moe", device="cpu")
+    transformer = model[0].auto_model
+    assert (transformer.name_or_path, transformer.config._name_or_path) == ("someone/moe",) * 2
+    model.save_pretrained(str(tmp_path / "saved"))
+    card = (tmp_path / "saved" / "README.md").read_text(encoding="utf-8")
+    assert "\nbase_model: someone/moe\n" in card
+    assert str(tmp_path) not in card
 
 
 def test_saved_and_loaded_by_every_road(
@@ -113,6 +136,27 @@ def test_saved_and_loaded_by_every_road(
     np.testing.assert_allclose(ours.encode_document(TEXTS), expected, atol=1e-5)
     again = pickle.loads(pickle.dumps(model))
     np.testing.assert_allclose(again.encode_document(TEXTS), expected, atol=1e-5)
+
+
+def test_saved_length_and_dimension_hold_for_the_encoder(
+    tiny_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    options = {"max_seq_length": 16, "truncate_dim": 24}
+    model = nomoe.sentence_transformer(tiny_folder, device="cpu", **options)
+    model.save_pretrained(str(tmp_path))
+    text = " ".join(TEXTS)
+    caplog.clear()
+    loaded = nomoe.sentence_transformer(tmp_path, device="cpu")
+    assert "longer than" not in caplog.text
+    expected = loaded.encode_document([text])
+    ours = Encoder.from_pretrained(tmp_path, device="cpu")
+    assert (ours.max_seq_length, ours.truncate_dim) == (16, 24)
+    vectors = ours.encode_document([text], normalize_embeddings=False)
+    np.testing.assert_allclose(vectors, expected, atol=1e-5)
+    # the text is long enough to tell
+    longer = Encoder.from_pretrained(tmp_path, device="cpu", max_seq_length=512)
+    whole = longer.encode_document([text], normalize_embeddings=False)
+    assert np.abs(whole - expected).max() > 1e-3
 
 
 @pytest.mark.slow

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -40,8 +42,20 @@ def registered() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def nothing_is_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+def nothing_is_fetched(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No connection is made in a test of this file, nor tried, whoever would take its failure."""
+    tried = []
+
+    def refuse(*arguments: Any, **options: Any) -> None:
+        tried.append(arguments)
+        raise OSError("a test asked for the network")
+
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    # for the processes it starts
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    yield
+    assert not tried
 
 
 @pytest.fixture
@@ -260,6 +274,45 @@ def test_dense_with_code_is_a_pair_after_unregister(
 def saved_tensors(folder: Path) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = load_file(folder / "model.safetensors")
     return tensors
+
+
+@pytest.mark.parametrize(
+    "auto_map",
+    [{"AutoModel": "mine.X"}, {"AutoModel": "me/code--mine.X", "AutoConfig": "me/code--mine.C"}],
+)
+def test_a_map_of_its_own_is_kept_with_its_class(
+    auto_map: dict[str, str], tiny_folder: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(tiny_folder, tmp_path / "own"))
+    change_config(folder, auto_map=auto_map, architectures=["X"])
+    HFNomicMoEModel.from_pretrained(folder).save_pretrained(tmp_path / "saved")
+    saved = json.loads((tmp_path / "saved" / "config.json").read_text())
+    assert (saved["auto_map"], saved["architectures"]) == (auto_map, ["X"])
+
+
+def test_half_a_map_gives_way_to_the_published_pair(tiny_folder: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_folder, tmp_path / "own"))
+    change_config(folder, auto_map={"AutoConfig": "mine.C"}, architectures=["X"])
+    HFNomicMoEModel.from_pretrained(folder).save_pretrained(tmp_path / "saved")
+    saved = json.loads((tmp_path / "saved" / "config.json").read_text())
+    published = data.real_config()
+    for key in ("auto_map", "architectures"):
+        assert saved[key] == published[key]
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype"), [(float("nan"), "float32"), (-float("inf"), "bfloat16"), (1e6, "float16")]
+)
+def test_values_that_are_not_finite(
+    value: float, dtype: str, tiny_folder: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(tiny_folder, tmp_path / "spoiled"))
+    name = "encoder.layers.3.mlp.experts.mlp.w2"
+    tensors = load_file(folder / "model.safetensors")
+    tensors[name][5, 7] = value
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=rf"holds NaN, infinite .* in: {name}$"):
+        HFNomicMoEModel.from_pretrained(folder, dtype=dtype)
 
 
 @pytest.mark.usefixtures("registered")

@@ -100,7 +100,7 @@ def resolve_settings(
     chosen = select_backend(backend, device, dtype=dtype)
     folder = locate(model, revision=revision, local_files_only=local_files_only)
     config = NomicMoEConfig.from_json(folder / CONFIG_FILE)
-    sentence = read_sentence_settings(folder)
+    sentence = read_sentence_settings(folder, config.n_positions)
     if prompt is None:
         name = sentence.default_prompt_name if prompt_name is None else prompt_name
         if name is not None and name not in sentence.prompts:
@@ -113,7 +113,7 @@ def resolve_settings(
         raise ValueError(
             f"max_seq_length is {max_seq_length}, expected 3 to {config.n_positions} tokens"
         )
-    dim = config.n_embd if dim is None else dim
+    dim = (sentence.truncate_dim or config.n_embd) if dim is None else dim
     if not 1 <= dim <= config.n_embd:
         raise ValueError(f"dim is {dim}, expected 1 to {config.n_embd}")
     if precision not in PRECISIONS:

@@ -32,18 +32,20 @@ def check(model: Any) -> None:
 
     Args:
         model: A transformers model, SentenceTransformer, `nomoe.NomicMoEModel` or any torch module
-            that holds one; or what has one as its `model`, such as `nomoe.Encoder`.
+            that holds one or several; or what has one as its `model`, such as `nomoe.Encoder`; or
+            nomoe's adapters for MTEB, LangChain and LlamaIndex.
 
     Raises:
         TypeError: Neither a torch module nor one of nomoe's classes.
         ValueError: The native class, or tensors missing or of another shape; the message says what
             to do.
     """
-    module = model
-    while not isinstance(module, nn.Module) and hasattr(module, "model"):
-        module = module.model
+    module = _unwrap(model)
     if not isinstance(module, nn.Module):
-        raise TypeError(f"model is {type(model).__name__}, expected a model that torch runs")
+        raise TypeError(
+            f"model is {type(model).__name__}, expected a torch module, nomoe.Encoder, one of "
+            "nomoe's adapters, or what has such a one as its `model`"
+        )
     parts = list(module.modules())
     for part in parts:
         if type(part).__module__.startswith("transformers.models.nomic_bert."):
@@ -51,9 +53,25 @@ def check(model: Any) -> None:
     owners = [part for part in parts if _settings(part) is not None]
     if not owners:
         raise ValueError(f"{type(model).__name__} holds no nomic_bert with experts; {_REMEDY}")
-    # what holds a model may hand its config on: the innermost is the model itself
-    _check_tensors(owners[-1])
+    for owner in owners:
+        # what holds a model may hand its config on: the innermost is the model itself
+        inner = {id(part) for part in owner.modules() if part is not owner}
+        if not any(id(other) in inner for other in owners):
+            _check_tensors(owner)
     _check_prompts(model)
+
+
+def _unwrap(model: Any) -> Any:
+    """The torch module in whatever holds it."""
+    while not isinstance(model, nn.Module):
+        # LangChain's adapter and LlamaIndex's hold an Encoder
+        for name in ("model", "encoder", "_encoder"):
+            if hasattr(model, name):
+                model = getattr(model, name)
+                break
+        else:
+            break
+    return model
 
 
 def _native(part: nn.Module) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +11,10 @@ from mteb import get_model_meta
 from mteb.models.abs_encoder import AbsEncoder
 from mteb.models.model_meta import ModelMeta, ScoringFunction
 
-from ..checkpoint import DEFAULT_REPO, DEFAULT_REVISION, find_weights, locate
+from .. import __version__
+from ..checkpoint import DEFAULT_REPO, DEFAULT_REVISION, SETTINGS_FILES, find_weights, locate
 from ..encoder import Encoder
 from ..moe import BackendName
-
-logger = logging.getLogger(__name__)
 
 _HASHED_AT_ONCE = 1 << 24
 
@@ -96,9 +94,10 @@ def mteb_model(
 ) -> NomicMoEForMTEB:
     """Load a checkpoint as a model that `mteb.evaluate` takes.
 
-    Its ModelMeta is true for what was loaded: of a local folder the revision is a digest of the
-    weights, so that MTEB's cache of results does not take one training run for another; dtype,
-    length and dimension other than the published ones are there as `experiment_kwargs`.
+    Its ModelMeta is true for what was loaded, so that MTEB's cache of results takes nothing else
+    for it. Of a local folder the revision is a digest of its weights and settings.
+    `experiment_kwargs` names nomoe and its version, and dtype, length and dimension where they are
+    other than the published ones.
 
     Args:
         name_or_path: As `Encoder.from_pretrained`, and so are the others.
@@ -179,10 +178,9 @@ def describe(encoder: Encoder, name: str, revision: str) -> ModelMeta:
         "similarity_fn_name": ScoringFunction.COSINE,
         "use_instructions": True,
         "extra_requirements_groups": None,
-        "experiment_kwargs": {
-            key: value for key, (value, published) in changed.items() if value != published
-        }
-        or None,
+        # MTEB caches scores by it: other implementations' of the same model are theirs
+        "experiment_kwargs": {"implementation": f"nomoe {__version__}"}
+        | {key: value for key, (value, published) in changed.items() if value != published},
     }
     if (name, revision) == (DEFAULT_REPO, DEFAULT_REVISION):
         # who made it, when and from what, MTEB knows already
@@ -192,7 +190,10 @@ def describe(encoder: Encoder, name: str, revision: str) -> ModelMeta:
 
 def _digest(folder: Path) -> str:
     digest = hashlib.sha256()
-    for path in find_weights(folder):
+    settings = {folder / name for name in SETTINGS_FILES} | set(folder.glob("*_Pooling/*.json"))
+    for path in [*sorted(path for path in settings if path.is_file()), *find_weights(folder)]:
+        # where one file ends and which it is
+        digest.update(f"{path.relative_to(folder)} {path.stat().st_size}\n".encode())
         with path.open("rb") as file:
             while block := file.read(_HASHED_AT_ONCE):
                 digest.update(block)

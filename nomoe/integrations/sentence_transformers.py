@@ -13,7 +13,7 @@ from ..model import resolve_device, resolve_dtype
 from ..moe import BackendName, select_backend
 from ..repository import read_sentence_settings
 from ..tokenizer import Tokenizer
-from .transformers import register
+from .transformers import is_registered, register, unregister
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -50,8 +50,8 @@ def sentence_transformer(
             float16 on CUDA. Train in float32.
         backend: "auto", "torch" or "triton"; only torch trains.
         max_seq_length: Longest text in tokens; None takes the repository's (512).
-        truncate_dim: Keep only the first features (Matryoshka); None keeps all. As in any
-            SentenceTransformer vectors are then no longer unit norm.
+        truncate_dim: Keep only the first features (Matryoshka); None takes the repository's (all).
+            As in any SentenceTransformer vectors are then no longer unit norm.
         local_files_only: Never reach for the network.
         token: Hub token, or True for the stored one.
         cache_dir: Hub cache folder.
@@ -78,31 +78,56 @@ def sentence_transformer(
         local_files_only=local_files_only,
     )
     config = NomicMoEConfig.from_json(folder / CONFIG_FILE)
-    settings = read_sentence_settings(folder)
+    settings = read_sentence_settings(folder, config.n_positions)
     tokenizer = Tokenizer(folder / TOKENIZER_FILE, config.embedding_rows)
-    for name, value, most in (
-        ("max_seq_length", max_seq_length, config.n_positions),
-        ("truncate_dim", truncate_dim, config.n_embd),
+    for name, value, least, most in (
+        # a text has two special tokens around it
+        ("max_seq_length", max_seq_length, 3, config.n_positions),
+        ("truncate_dim", truncate_dim, 1, config.n_embd),
     ):
-        if value is not None and not 1 <= value <= most:
-            raise ValueError(f"{name} is {value}, expected 1 to {most}")
+        if value is not None and not least <= value <= most:
+            raise ValueError(f"{name} is {value}, expected {least} to {most}")
+    was_registered = is_registered()
     register()
     model_options: dict[str, Any] = {"dtype": dtype, "nomoe_backend": backend}
-    model = SentenceTransformer(
-        str(folder),
-        device=str(device),
-        prompts=settings.prompts,
-        truncate_dim=truncate_dim,
-        local_files_only=True,
-        model_kwargs=model_options,
-    )
-    theirs = list(model.tokenizer(_PROBE)["input_ids"])
-    if theirs != tokenizer([_PROBE], config.n_positions).ids[0]:
+    loaded = False
+    try:
+        model = SentenceTransformer(
+            str(folder),
+            device=str(device),
+            prompts=settings.prompts,
+            truncate_dim=truncate_dim,
+            local_files_only=True,
+            model_kwargs=model_options,
+        )
+        _check_tokenizer(model, tokenizer, folder, config.n_positions)
+        loaded = True
+    finally:
+        if not loaded and not was_registered:
+            unregister()
+    if max_seq_length is not None:
+        model.max_seq_length = max_seq_length
+    if not Path(name_or_path).expanduser().is_dir():
+        _name(model, str(name_or_path), folder.name)
+    return model
+
+
+def _check_tokenizer(
+    model: SentenceTransformer, tokenizer: Tokenizer, folder: Path, n_positions: int
+) -> None:
+    # verbose would have it warn of a probe longer than max_seq_length
+    theirs = list(model.tokenizer(_PROBE, verbose=False)["input_ids"])
+    if theirs != tokenizer([_PROBE], n_positions).ids[0]:
         raise ValueError(
             f"transformers made a {type(model.tokenizer).__name__} of the tokenizer in {folder}, "
             "and it gives other ids than its tokenizer.json: is tokenizer_config.json missing or "
             "wrong?"
         )
-    if max_seq_length is not None:
-        model.max_seq_length = max_seq_length
-    return model
+
+
+def _name(model: SentenceTransformer, repo: str, commit: str) -> None:
+    """Name a repository, in place of its folder in the cache, where saved files name their base."""
+    transformer: Any = model[0].auto_model
+    transformer.config._name_or_path = transformer.name_or_path = repo
+    model.model_card_data.base_model = repo
+    model.model_card_data.base_model_revision = commit

@@ -7,7 +7,6 @@ and throws its experts away. `register` puts the classes below in its place, for
 from __future__ import annotations
 
 import dataclasses
-import logging
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,11 +20,10 @@ from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from .. import data
+from ..checkpoint import is_finite
 from ..config import NomicMoEConfig
 from ..model import NomicMoEModel
 from ..moe import BackendName, select_backend
-
-logger = logging.getLogger(__name__)
 
 MODEL_TYPE = "nomic_bert"
 # earlier ones ask for a repository's own config before they ask who is registered
@@ -104,12 +102,14 @@ class HFNomicMoEConfig(PretrainedConfig):
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """All settings, under the published class's name."""
+        """All settings, with the class that their `auto_map` names, or the published pair."""
         published = data.real_config()
         values: dict[str, Any] = super().to_dict()
-        values["architectures"] = published["architectures"]
-        if not values.get("auto_map"):
+        if "AutoModel" not in (values.get("auto_map") or {}):
+            # without a class for the model the rest of a map is of no use
             values["auto_map"] = published["auto_map"]
+        # saving has put the name of nomoe's class there
+        values["architectures"] = [values["auto_map"]["AutoModel"].rpartition(".")[2]]
         return values
 
 
@@ -161,8 +161,8 @@ class HFNomicMoEModel(NomicMoEModel, PreTrainedModel):
         """Load as every transformers model; parameters are those of `PreTrainedModel`.
 
         Raises:
-            ValueError: Tensors are missing, unexpected or of another shape, settings unsupported,
-                or `device_map` spreads the model over several devices.
+            ValueError: Tensors are missing, unexpected, of another shape or not finite in the
+                dtype, settings unsupported, or `device_map` spreads the model over several devices.
             RuntimeError: The backend cannot run here.
         """
         _check_device_map(kwargs.get("device_map"))
@@ -180,6 +180,16 @@ class HFNomicMoEModel(NomicMoEModel, PreTrainedModel):
             raise ValueError(
                 f"{pretrained_model_name_or_path} does not fit its config.json:\n  "
                 + "\n  ".join(problems)
+            )
+        spoiled = [
+            name
+            for name, tensor in model.state_dict().items()
+            if not tensor.is_meta and not is_finite(tensor)
+        ]
+        if spoiled:
+            raise ValueError(
+                f"{pretrained_model_name_or_path} holds NaN, infinite or (for {model.dtype}) too "
+                "large values in: " + ", ".join(spoiled)
             )
         # a device map of one device moves nothing, it loads there
         _check_device_map(getattr(model, "hf_device_map", None))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,13 +16,15 @@ from mteb.abstasks.classification import AbsTaskClassification
 from mteb.abstasks.retrieval import AbsTaskRetrieval
 from mteb.abstasks.sts import AbsTaskSTS
 from mteb.abstasks.task_metadata import TaskMetadata
+from mteb.cache import ResultCache
 from mteb.types import PromptType
 from scipy.stats import spearmanr
+from sklearn.linear_model import LogisticRegression
 
 import nomoe
 from nomoe import Encoder, data
 from nomoe.checkpoint import DEFAULT_REPO, DEFAULT_REVISION
-from nomoe.integrations.mteb import describe
+from nomoe.integrations.mteb import NomicMoEForMTEB, describe
 from nomoe.repository import TRAINED_PROMPTS
 
 ROOT = Path(__file__).parent.parent.parent
@@ -90,7 +93,8 @@ class LocalClassification(AbsTaskClassification):
 
     metadata = metadata("Classification", "accuracy")
     n_experiments = 2
-    samples_per_label = 8
+    # all of the training split, so that no sampling decides the score
+    samples_per_label = 12
 
     def load_data(self, num_proc: int | None = None, **options: Any) -> None:
         def split(languages: list[str]) -> Dataset:
@@ -169,7 +173,19 @@ def test_sts(model: Any, prefixes: list[str]) -> None:
 def test_classification(model: Any, prefixes: list[str]) -> None:
     score = evaluate(model, LocalClassification())
     assert set(prefixes) == {"classification: "}
-    assert 0 <= score <= 1
+
+    def accuracy(name: str) -> float:
+        train, test = (
+            model.model.encode([one for group in groups for one in group], prompt_name=name)
+            for groups in (list(SENTENCES.values())[:12], list(SENTENCES.values())[12:])
+        )
+        labels = [i % 5 for i in range(60)]
+        fitted = LogisticRegression(max_iter=100).fit(train, labels)
+        return float(fitted.score(test, labels[:40]))
+
+    assert score == pytest.approx(accuracy("Classification"), abs=1e-6)
+    # the score would show a wrong prefix
+    assert accuracy("Clustering") != accuracy("Classification")
 
 
 @pytest.mark.parametrize(
@@ -219,14 +235,57 @@ def test_metadata_is_true(model: Any, tmp_path: Path) -> None:
     experts = 6 * 8 * 2 * 192 * 96
     assert meta.n_active_parameters == 2_646_048 - 2048 * 96 - experts * 6 // 8
     assert (meta.max_tokens, meta.embed_dim, meta.memory_usage_mb) == (512, 96, 10)
-    assert meta.experiment_kwargs is None
+    ours = {"implementation": f"nomoe {nomoe.__version__}"}
+    assert meta.experiment_kwargs == ours
     # other weights in a folder of the same name are another model to MTEB's cache
     other = nomoe.synthetic.write_checkpoint(tmp_path / "tiny", seed=1)
     changed = nomoe.mteb_model(other, device="cpu", dtype="bfloat16", truncate_dim=32)
     assert changed.mteb_model_meta.name == meta.name
     assert changed.mteb_model_meta.revision != meta.revision
-    assert changed.mteb_model_meta.experiment_kwargs == {"dtype": "bfloat16", "truncate_dim": 32}
+    assert changed.mteb_model_meta.experiment_kwargs == ours | {
+        "dtype": "bfloat16",
+        "truncate_dim": 32,
+    }
     assert changed.mteb_model_meta.embed_dim == 32
+
+
+@pytest.mark.parametrize(
+    "file", ["config.json", "config_sentence_transformers.json", "tokenizer.json"]
+)
+def test_other_settings_are_another_model(
+    file: str, model: Any, tiny_folder: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(tiny_folder, tmp_path / "tiny"))
+    path = folder / file
+    same = nomoe.mteb_model(folder, device="cpu").mteb_model_meta.revision
+    assert same == model.mteb_model_meta.revision
+    path.write_text(path.read_text() + "\n")
+    assert nomoe.mteb_model(folder, device="cpu").mteb_model_meta.revision != same
+
+
+def test_scores_of_another_implementation_are_not_ours(encoder: Encoder, tmp_path: Path) -> None:
+    """MTEB's own entry for the published model has the same name and revision."""
+    ours = NomicMoEForMTEB(encoder, describe(encoder, DEFAULT_REPO, DEFAULT_REVISION))
+    theirs = NomicMoEForMTEB(encoder, mteb.get_model_meta(DEFAULT_REPO))
+    cache = ResultCache(tmp_path)
+
+    class Half(LocalSTS):
+        def load_data(self, num_proc: int | None = None, **options: Any) -> None:
+            super().load_data()
+            columns = {"sentence1": FIRST, "sentence2": FIRST[::-1], "score": SCORES}
+            self.dataset = DatasetDict({"test": Dataset.from_dict(columns)})
+
+    def score(model: Any, task: Any) -> float:
+        result = mteb.evaluate(model, task, cache=cache, show_progress_bar=False)
+        return float(result.task_results[0].get_score())
+
+    # a score that only the cache could give
+    cached = score(theirs, Half())
+    found = score(ours, LocalSTS())
+    assert found == pytest.approx(evaluate(ours, LocalSTS()), abs=1e-6)
+    assert found != cached
+    # and its own is taken from there
+    assert score(ours, Half()) == pytest.approx(found, abs=1e-5)
 
 
 def test_metadata_of_the_published_model(encoder: Encoder) -> None:
