@@ -383,7 +383,7 @@ def test_weights_survive_use_and_change(change: str, tiny_folder: Path) -> None:
     for name, tensor in saved_tensors(tiny_folder).items():
         assert torch.equal(state[name], tensor), name
     # a copy lies at other addresses than the mapped file, and products may round otherwise there
-    assert_same(changed, tiny_folder, inputs, atol=1e-6)
+    assert_same(changed, tiny_folder, inputs, atol=1e-5)
 
 
 def test_moving_to_the_same_place_unpacks_nothing(tiny_folder: Path) -> None:
@@ -419,7 +419,7 @@ def test_another_process_registers_when_it_is_sent_a_model(
         expected = model(**inputs)[0]
     for back in torch.load(tmp_path / "back"):
         # from other addresses products may round otherwise
-        torch.testing.assert_close(back, expected, atol=1e-6, rtol=0)
+        torch.testing.assert_close(back, expected, atol=1e-5, rtol=0)
 
 
 @pytest.mark.usefixtures("registered")
