@@ -628,16 +628,18 @@ def test_a_changed_input_is_refused_and_a_moved_one_is_not(
 
 
 @pytest.mark.parametrize("suffix", [".parquet", ".arrow"])
-def test_a_changed_text_of_a_typed_file_is_seen(
+def test_a_changed_value_of_a_typed_file_is_seen(
     tmp_path: Path, suffix: str, model: dict[str, Any]
 ) -> None:
     rows = make_rows(40)
     source, out = write(tmp_path / f"in{suffix}", rows), tmp_path / "out"
     embed_corpus(source, out, **model)
-    rows[20]["text"] = rows[20]["text"][:-1] + "Z"
-    write(source, rows)
-    with pytest.raises(ValueError, match="has changed"):
-        embed_corpus(source, out, **model)
+    for column in ("text", "id"):
+        changed = [dict(row) for row in rows]
+        changed[20][column] = changed[20][column][:-1] + "Z"
+        write(source, changed)
+        with pytest.raises(ValueError, match="has changed"):
+            embed_corpus(source, out, **model)
 
 
 def test_an_input_that_changes_during_a_run_ends_it(

@@ -1,8 +1,8 @@
 """What is to be done, known before the model is loaded: good rows, bad rows, shards, columns.
 
-The input is read once for this. Its rows are counted and checked, its bytes (of Parquet and Arrow
-the texts and the schema) hashed, and the rows divided into shards, which are then embedded each by
-itself, in any order and on any machine, with one and the same result.
+The input is read for this. Its rows are counted and checked, its bytes hashed, and the rows divided
+into shards, which are then embedded each by itself, in any order and on any machine, with one and
+the same result.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal
 
 from .rows import START, Block, arrow_schema, good_columns, read_blocks
-from .sources import ARROW_FORMATS, Source, require_pyarrow
+from .sources import ARROW_FORMATS, Source, hash_file, require_pyarrow
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -45,7 +45,8 @@ class File:
     modified: int
     # rows read of it, bad ones included
     rows: int
-    # SHA-256 of what was read: all bytes of a text format, texts and schema of Arrow's
+    # SHA-256 of its bytes: all of them, but of a text format those that were read, and of a typed
+    # file that a limit leaves out the schema
     sha256: str
 
     @property
@@ -173,7 +174,13 @@ def make_plan(
         rows = 0
         needed = columns
         if source.format in ARROW_FORMATS:
-            planner.add_schema(arrow_schema(source), source.path)
+            schema = arrow_schema(source)
+            planner.add_schema(schema, source.path)
+            if left != 0:
+                # columns that go along are not looked at here, and yet must stay the same
+                hash_file(source.path, digest.update)
+            else:
+                digest.update(schema.serialize().to_pybytes())
             # the types are known: only the texts have to be looked at
             needed = ()
         if left != 0:

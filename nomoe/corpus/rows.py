@@ -14,7 +14,7 @@ from itertools import accumulate, chain
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, TypeAlias
 
 from ..tokenizer import check_texts
-from .sources import Source, open_source
+from .sources import ARROW_FORMATS, Source, open_source
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -67,15 +67,15 @@ def read_blocks(
         column: Where the text is; a .txt file has one column, "text".
         columns: Columns to bring along; None brings all.
         place: The row to begin with.
-        digest: Given every byte that says what the rows are.
+        digest: Given every byte that is read of a text format.
 
     Raises:
         ValueError: The file is not what its suffix says, is broken so that rows cannot be told
             apart, or has no such column.
         OSError: It cannot be read.
     """
-    if source.format in ("parquet", "arrow"):
-        return _arrow_blocks(source, column, columns, place.row, digest)
+    if source.format in ARROW_FORMATS:
+        return _arrow_blocks(source, column, columns, place.row)
     return _line_blocks(source, column, columns, place, digest)
 
 
@@ -318,23 +318,17 @@ def _arrow_blocks(
     column: str,
     columns: Sequence[str] | None,
     first: int,
-    digest: Callable[[bytes], None] | None,
 ) -> Iterator[Block]:
     import pyarrow as pa
 
     schema = arrow_schema(source)
     _check_text_column(schema, column, source.path)
     wanted = schema.names if columns is None else [name for name in schema.names if name in columns]
-    if digest is not None:
-        digest(schema.serialize().to_pybytes())
     with closing(open_source(source.path)) as file:
         read = _parquet_batches if source.format == "parquet" else _ipc_batches
         try:
             for batch in read(file, list(dict.fromkeys([column, *wanted])), first):
                 texts, problems = _arrow_texts(batch.column(column))
-                if digest is not None:
-                    digest(json.dumps([text and len(text) for text in texts]).encode())
-                    digest("".join(text or "" for text in texts).encode())
                 yield Block(texts, problems, batch.select(wanted), [])
         except (pa.ArrowException, OSError) as error:
             raise _not_whole(source, error) from error

@@ -6,7 +6,8 @@ import glob
 import io
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
 
@@ -110,6 +111,13 @@ def open_source(path: str) -> BinaryIO:
     system, inside = _file_system(path)
     # pyarrow's files are raw files to Python but for their class
     return io.BufferedReader(cast(Any, system.open_input_file(inside)), _BUFFER)
+
+
+def hash_file(path: str, digest: Callable[[bytes], None]) -> None:
+    """Give all bytes of a file of this machine or a URI to a digest."""
+    with closing(open_source(path)) as file:
+        while piece := file.read(_BUFFER):
+            digest(piece)
 
 
 def _find_local(given: str) -> list[Source]:
