@@ -6,6 +6,7 @@ import csv
 import json
 import logging
 import os
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -658,6 +659,22 @@ def test_an_input_that_changes_during_a_run_ends_it(
     os.utime(source, ns=(modified, modified))
     with pytest.raises(RuntimeError, match=r"in\.jsonl changed after it was read first"):
         list(ShardReader(plan).windows(1, 4096))
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_an_input_that_changes_while_a_shard_is_read_ends_it(tmp_path: Path, suffix: str) -> None:
+    rows = make_rows(90)
+    source = write(tmp_path / f"in{suffix}", rows)
+    plan = make_plan(find_sources(source), shard_rows=45, form="parquet")
+    windows = ShardReader(plan).windows(0, 40)
+    next(windows)
+    # in place, so that the open file has the new bytes
+    time.sleep(0.02)
+    content = source.read_bytes()
+    with source.open("r+b") as file:
+        file.write(content)
+    with pytest.raises(RuntimeError, match="changed after it was read first"):
+        list(windows)
 
 
 def test_folders_that_are_not_ours(
