@@ -225,9 +225,9 @@ def test_folders_patterns_lists_and_uris(tmp_path: Path, model: dict[str, Any]) 
         found = find_sources(given)
         assert [Path(one.path.removeprefix("file://")) for one in found] == wanted, given
     remote = find_sources(f"{uri}/**/*.parquet")
-    assert len(remote) == 5
+    assert len(remote) == 4
     assert [one.path for one in find_sources(f"{uri}/*.parquet")] == [
-        f"{uri}/{name}.parquet" for name in (".hidden", "a", "c")
+        f"{uri}/{name}.parquet" for name in ("a", "c")
     ]
     assert [one.path for one in find_sources(f"{uri}/b/1.parquet")] == [f"{uri}/b/1.parquet"]
     # a shard may hold rows of several files
@@ -236,6 +236,39 @@ def test_folders_patterns_lists_and_uris(tmp_path: Path, model: dict[str, Any]) 
     table = read(tmp_path / "out")
     assert table["id"].to_pylist() == [row["id"] for row in rows]
     assert table.equals(read(tmp_path / "here"))
+
+
+def test_links_are_followed_once(
+    tmp_path: Path, warnings_of_nomoe: pytest.LogCaptureFixture
+) -> None:
+    folder, other = tmp_path / "data", tmp_path / "other"
+    (folder / "sub").mkdir(parents=True)
+    other.mkdir()
+    (folder / "sub" / "a.txt").write_text("a")
+    (other / "x.txt").write_text("x")
+    (folder / "link").symlink_to(other)
+    (folder / "sub" / "loop").symlink_to(folder)
+    (folder / "gone.txt").symlink_to(tmp_path / "nowhere.txt")
+    for given in (folder, f"{folder}/**/*.txt", f"{folder}/*/*.txt"):
+        names = [os.path.relpath(one.path, folder) for one in find_sources(given)]
+        assert names == ["link/x.txt", "sub/a.txt"], given
+    assert warnings_of_nomoe.text.count("gone.txt is a link to nothing") == 2
+    (folder / "same.txt").symlink_to(other / "x.txt")
+    names = [os.path.relpath(one.path, folder) for one in find_sources(folder)]
+    assert names == ["link/x.txt", "sub/a.txt"]
+    assert "same.txt is the same file as" in warnings_of_nomoe.text
+    for twice in (folder / "same.txt", (other / "x.txt").as_uri(), other / ".." / "other"):
+        with pytest.raises(ValueError, match="named twice"):
+            find_sources([other / "x.txt", twice])
+
+
+def test_files_come_in_one_order_however_they_are_named(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    for name in ("a.txt", "a/x.txt", "b.txt"):
+        (tmp_path / name).write_text(name)
+    for given in (tmp_path, f"{tmp_path}/**/*.txt", tmp_path.as_uri()):
+        paths = [one.path.removeprefix("file://") for one in find_sources(given)]
+        assert [os.path.relpath(path, tmp_path) for path in paths] == ["a/x.txt", "a.txt", "b.txt"]
 
 
 def test_lines_from_a_uri(tmp_path: Path, model: dict[str, Any]) -> None:
