@@ -8,6 +8,7 @@ import logging
 import os
 import time
 from collections.abc import Sequence
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -529,6 +530,97 @@ def test_types_that_change_between_files(tmp_path: Path, model: dict[str, Any]) 
         embed_corpus(folder, tmp_path / "other", **model)
     embed_corpus(folder, tmp_path / "other", columns=["text"], **model)
     assert read(tmp_path / "other").num_rows == 3
+
+
+INT, LARGE = 2**53 + 1, 2**63 + 5
+
+
+def typed_pair(folder: Path, first: Any, second: Any) -> Path:
+    folder.mkdir()
+    pq.write_table(pa.table({"text": ["a"], "n": first}), folder / "1.parquet")
+    pq.write_table(pa.table({"text": ["b"], "n": second}), folder / "2.parquet")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (pa.array([INT]), pa.array([0.5])),
+        (pa.array([LARGE], pa.uint64()), pa.array([-5])),
+        (pa.array([Decimal("12345678901234567891")]), pa.array([0.5])),
+        (pa.array([16777217], pa.int32()), pa.array([0.5], pa.float32())),
+        (pa.array([[INT]]), pa.array([[0.5]])),
+        (pa.array([{"x": INT}]), pa.array([{"x": 0.5}])),
+        (pa.array([10**10], pa.timestamp("s")), pa.array([1], pa.timestamp("ns"))),
+        (pa.array(["a"]), pa.array([b"\xff"])),
+        (pa.array([True]), pa.array([2])),
+    ],
+)
+@pytest.mark.parametrize("turned", [False, True])
+def test_types_that_lose_something_are_refused(
+    tmp_path: Path, first: Any, second: Any, turned: bool, model: dict[str, Any]
+) -> None:
+    pair = (second, first) if turned else (first, second)
+    folder = typed_pair(tmp_path / "in", *pair)
+    with pytest.raises(ValueError, match=r"2\.parquet: column 'n' holds .*, but .* before"):
+        make_plan(find_sources(folder), shard_rows=10, form="parquet")
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (pa.array([-(2**31)], pa.int32()), pa.array([2**62])),
+        (pa.array([2**32 - 1], pa.uint32()), pa.array([-5])),
+        (pa.array([2**32 - 1], pa.uint32()), pa.array([-5], pa.int8())),
+        (pa.array([2**31 - 1], pa.int32()), pa.array([0.1])),
+        (pa.array([0.1], pa.float32()), pa.array([0.1])),
+        (pa.array(["a"]), pa.array(["b"], pa.large_string())),
+        (pa.array(["a"]).dictionary_encode(), pa.array(["b"])),
+        (
+            pa.array(["a"]).dictionary_encode(),
+            pa.array(["b"]).cast(pa.dictionary("int8", "string")),
+        ),
+        (pa.nulls(1), pa.array([[{"x": 1}]])),
+        (pa.array([[None]]), pa.array([["b"]])),
+        (pa.array([{"x": 1, "y": None}]), pa.array([{"x": INT, "y": "b"}])),
+        (pa.array([Decimal("1.25")]), pa.array([Decimal("123456.5")])),
+        (
+            pa.array([[1, 2]], pa.list_(pa.int32(), 2)),
+            pa.array([[1, 2, 3]], pa.list_(pa.int64(), 3)),
+        ),
+    ],
+)
+@pytest.mark.parametrize("turned", [False, True])
+def test_types_that_widen_lose_nothing(
+    tmp_path: Path, first: Any, second: Any, turned: bool, model: dict[str, Any]
+) -> None:
+    pair = (second, first) if turned else (first, second)
+    folder = typed_pair(tmp_path / "in", *pair)
+    embed_corpus(folder, tmp_path / "out", **model)
+    expected = [one for values in pair for one in values.to_pylist()]
+    assert read(tmp_path / "out")["n"].to_pylist() == expected
+
+
+def test_numbers_of_json_widen_where_they_lose_nothing(
+    tmp_path: Path, model: dict[str, Any]
+) -> None:
+    values = [1, 0.5, [1], [0.5], {"x": 3}, {"x": 0.25}]
+    for index in range(0, 6, 2):
+        folder = tmp_path / str(index)
+        folder.mkdir()
+        for name, value in zip("ab", values[index : index + 2], strict=True):
+            write(folder / f"{name}.jsonl", [{"text": "t", "n": value}])
+        embed_corpus(folder, tmp_path / f"out{index}", **model)
+        assert read(tmp_path / f"out{index}")["n"].to_pylist() == values[index : index + 2]
+        for large in (INT, [INT], {"x": INT}):
+            write(folder / "c.jsonl", [{"text": "t", "n": large}])
+            with pytest.raises(ValueError, match=r"c\.jsonl: column 'n' holds"):
+                make_plan(find_sources(folder), shard_rows=10, form="parquet")
+            (folder / "c.jsonl").unlink()
+    write(tmp_path / "a.jsonl", [{"text": "t", "n": INT}])
+    write(tmp_path / "b.jsonl", [{"text": "t", "n": 0.5}])
+    with pytest.raises(ValueError, match=r"b\.jsonl: column 'n' holds double, but int64 before"):
+        make_plan(find_sources(f"{tmp_path}/*.jsonl"), shard_rows=10, form="parquet")
 
 
 @pytest.mark.parametrize("out", ["out", "o.parquet", "o.jsonl", "o.npy"])

@@ -262,7 +262,8 @@ def _glob_pattern(text: str) -> re.Pattern[str]:
     pieces = re.split(r"(\*\*/|\*\*|\*|\?|\[[^\]]+\])", text)
     return re.compile(
         "".join(
-            parts.get(piece) or (_glob_class(piece) if piece[:1] + piece[-1:] == "[]" else re.escape(piece))
+            parts.get(piece)
+            or (_glob_class(piece) if piece[:1] + piece[-1:] == "[]" else re.escape(piece))
             for piece in pieces
         )
     )
