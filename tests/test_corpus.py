@@ -866,7 +866,7 @@ def test_bad_calls_are_refused_before_the_input_is_read(
             embed_corpus(source, target, **model, **options)
     with pytest.raises(FileNotFoundError, match="no folder"):
         embed_corpus(source, tmp_path / "a" / "b", **model)
-    with pytest.raises(ValueError, match="is inside the input folder"):
+    with pytest.raises(ValueError, match="would be input of the next run"):
         embed_corpus(tmp_path, tmp_path / "inside", **model)
     for given, message in (
         (tmp_path / "none.jsonl", "there is no file or folder"),
@@ -888,6 +888,45 @@ def test_bad_calls_are_refused_before_the_input_is_read(
         with pytest.raises(ValueError, match=message):
             embed_corpus(inputs, tmp_path.parent / "elsewhere", **model)
     assert not out.exists()
+
+
+def test_an_output_that_would_be_input_is_refused(
+    tmp_path: Path, model: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nomoe.corpus.request.make_plan", None)
+    folder = tmp_path / "in"
+    folder.mkdir()
+    source = write(folder / "a.jsonl", make_rows(3))
+    typed = write(tmp_path / "b.parquet", make_rows(3))
+    (tmp_path / "link").symlink_to(folder)
+    content = source.read_bytes()
+    for given, output in (
+        (source, source),
+        (source, tmp_path / "link" / "a.jsonl"),
+        (source.as_uri(), source),
+        ([source], folder / ".." / "in" / "a.jsonl"),
+    ):
+        with pytest.raises(ValueError, match="is an input file"):
+            embed_corpus(given, output, overwrite=True, **model)
+    for given, output in (
+        (folder, folder / "out.jsonl"),
+        (folder.as_uri(), folder / "out.jsonl"),
+        (folder.as_uri(), folder / "vectors"),
+        (tmp_path / "link", folder / "vectors"),
+        (f"{tmp_path}/**/*.jsonl", tmp_path / "deep.jsonl"),
+        (f"{folder.as_uri()}/*.jsonl", folder / "out.jsonl"),
+        (f"{tmp_path}/**/*.parquet", tmp_path / "vectors"),
+        (f"{tmp_path.as_uri()}/**/*.parquet", tmp_path / "vectors"),
+        (f"{tmp_path}/link/../link/*.jsonl", folder / "out.jsonl"),
+    ):
+        with pytest.raises(ValueError, match="would be input of the next run"):
+            embed_corpus(given, output, overwrite=output.suffix != "", **model)
+    assert source.read_bytes() == content
+    assert typed.exists()
+    # what a pattern does not match may lie beside it
+    monkeypatch.undo()
+    embed_corpus(f"{folder}/*.jsonl", folder / "out", **model)
+    embed_corpus(f"{folder}/*.jsonl", folder / "out.npy", **model)
 
 
 # --- estimates ---

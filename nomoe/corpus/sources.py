@@ -114,7 +114,7 @@ def look_again(source: Source) -> Source:
 def resolved(path: str) -> str:
     """Return one name for whatever names one file: of this machine the path without links."""
     if path.startswith("file://"):
-        path = _file_system(path)[1]
+        path = unquote(path.removeprefix("file://"))
     return path if "://" in path else str(Path(path).expanduser().resolve())
 
 
@@ -125,6 +125,26 @@ def open_source(path: str) -> BinaryIO:
     system, inside = _file_system(path)
     # pyarrow's files are raw files to Python but for their class
     return io.BufferedReader(cast(Any, system.open_input_file(inside)), _BUFFER)
+
+
+def takes_in(given: str, path: Path) -> bool:
+    """Say whether an input that is a folder or a pattern takes in a file, were it there.
+
+    Args:
+        given: As for `find_sources`.
+        path: A file of this machine, without links.
+    """
+    if "://" in given and not given.startswith("file://"):
+        return False
+    here = Path(given).expanduser()
+    is_pattern = bool(_MAGIC.search(given)) and not here.exists()
+    text = unquote(given) if "://" in given else here.as_posix()
+    root, pattern = split_pattern(text)
+    folder = Path(resolved((root or ".") if is_pattern else given))
+    if folder not in path.parents:
+        return False
+    inside = path.relative_to(folder).as_posix()
+    return not is_pattern or _glob_pattern(pattern).fullmatch(inside) is not None
 
 
 def hash_file(path: str, digest: Callable[[bytes], None]) -> None:
