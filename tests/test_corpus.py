@@ -532,6 +532,42 @@ def test_types_that_change_between_files(tmp_path: Path, model: dict[str, Any]) 
     assert read(tmp_path / "other").num_rows == 3
 
 
+@pytest.mark.parametrize(
+    "values",
+    [
+        pa.array([{}, {}]),
+        pa.array([[{}], []]),
+        pa.array([(1, 2, 3)] * 2, pa.month_day_nano_interval()),
+        pa.UnionArray.from_sparse(
+            pa.array([0, 1], pa.int8()), [pa.array([1, 2]), pa.array(["a", "b"])]
+        ),
+    ],
+)
+def test_types_that_parquet_has_not_are_refused_when_planning(tmp_path: Path, values: Any) -> None:
+    table = pa.table({"text": ["a", "b"], "n": values})
+    with pa.ipc.new_file(tmp_path / "in.arrow", table.schema) as writer:
+        writer.write_table(table)
+    sources = find_sources(tmp_path / "in.arrow")
+    with pytest.raises(ValueError, match=r"column 'n' holds .*, which Parquet cannot hold"):
+        make_plan(sources, shard_rows=10, form="parquet")
+    assert make_plan(sources, columns=[], shard_rows=10, form="parquet").rows == 2
+
+
+def test_a_type_of_no_value_becomes_text_wherever_it_is(
+    tmp_path: Path, model: dict[str, Any]
+) -> None:
+    rows = [{"text": "a", "n": [], "m": {"k": None}, "o": [{"p": []}], "q": None}]
+    embed_corpus(write(tmp_path / "in.jsonl", rows), tmp_path / "out", **model)
+    table = pa.table({key: [value] for key, value in rows[0].items()})
+    with pa.ipc.new_file(tmp_path / "in.arrow", table.schema) as writer:
+        writer.write_table(table)
+    embed_corpus(tmp_path / "in.arrow", tmp_path / "arrow", **model)
+    for out in ("out", "arrow"):
+        table = read(tmp_path / out).drop_columns(["source_row", "embedding"])
+        assert table.to_pylist() == rows
+        assert "null" not in str([field.type for field in table.schema])
+
+
 INT, LARGE = 2**53 + 1, 2**63 + 5
 
 

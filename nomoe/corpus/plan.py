@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from .rows import START, Block, arrow_schema, good_columns, read_blocks
 from .sources import ARROW_FORMATS, Source, hash_file, require_pyarrow
-from .types import wider, with_floats, without_nulls
+from .types import check_parquet, wider, with_floats, without_nulls
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -402,13 +402,19 @@ class _Types:
                 self._exact.remove(name)
 
     def schema(self, columns: Sequence[str] | None) -> pa.Schema:
-        """Return the columns, in the order asked for or else met."""
+        """Return the columns, in the order asked for or else met.
+
+        Raises:
+            ValueError: Parquet cannot hold one.
+        """
         import pyarrow as pa
 
         names: Iterator[str] = iter(self._fields if columns is None else columns)
         # a column without a value anywhere has no type of its own
         kinds = ((name, self._fields.get(name, pa.null())) for name in names)
-        return pa.schema([(name, without_nulls(kind)) for name, kind in kinds])
+        schema = pa.schema([(name, without_nulls(kind)) for name, kind in kinds])
+        check_parquet(schema)
+        return schema
 
 
 def _is_json(kind: pa.DataType) -> bool:
