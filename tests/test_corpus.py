@@ -18,6 +18,7 @@ import pytest
 from nomoe import Encoder, data, embed_corpus
 from nomoe.corpus import estimate_corpus
 from nomoe.corpus.embedder import WindowTokenizer, resolve_settings
+from nomoe.corpus.manifest import read_manifest, shard_metadata
 from nomoe.corpus.plan import make_plan
 from nomoe.corpus.rows import Place, read_blocks
 from nomoe.corpus.shards import ShardReader
@@ -416,12 +417,54 @@ def test_bad_rows_of_text_formats(tmp_path: Path, model: dict[str, Any]) -> None
     )
     report = embed_corpus(tmp_path / "b.jsonl", tmp_path / "o.jsonl", on_bad="skip", **model)
     lines = [json.loads(line) for line in (tmp_path / "o.jsonl").read_text().splitlines()]
-    assert [(line["source_row"], line["text"]) for line in lines] == [(0, "a"), (7, "h")]
-    assert sum(report.bad.values()) == 7
+    assert [(line["source_row"], line["text"]) for line in lines] == [(0, "a"), (6, "h")]
+    assert sum(report.bad.values()) == 6
     assert report.bad["not UTF-8"] == 1
     (tmp_path / "c.txt").write_bytes(b"one\n\xff\nthree\n")
     embed_corpus(tmp_path / "c.txt", tmp_path / "c", on_bad="skip", **model)
     assert read(tmp_path / "c")["source_row"].to_pylist() == [0, 2]
+
+
+def test_a_number_of_json_without_end_is_a_bad_row(tmp_path: Path) -> None:
+    lines = ['{"text": "a"}', '{"text": "b", "n": ' + "1" * 5000 + "}", '{"text": "c"}']
+    (tmp_path / "in.jsonl").write_text("\n".join(lines))
+    sources = find_sources(tmp_path)
+    with pytest.raises(ValueError, match=r"in\.jsonl, row 1 .*: not JSON: .*digits"):
+        make_plan(sources, shard_rows=10, form="jsonl")
+    plan = make_plan(sources, on_bad="skip", shard_rows=10, form="jsonl")
+    assert (plan.rows, plan.bad) == (2, {"not JSON": 1})
+
+
+def test_blank_lines_of_jsonl_are_no_rows(tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_text('\n{"text": "a"}\n\n \r\n{"text": "b"}\n{"text": "c"}\n\n')
+    plan = make_plan(find_sources(tmp_path), shard_rows=1, form="jsonl")
+    reader = ShardReader(plan)
+    windows = [window for shard in (2, 0, 1) for window in reader.windows(shard, 40)]
+    assert [(window.rows.tolist(), window.texts) for window in windows] == [
+        ([2], ["c"]),
+        ([0], ["a"]),
+        ([1], ["b"]),
+    ]
+
+
+def test_suffixes(tmp_path: Path) -> None:
+    (tmp_path / "A.JSONL").write_text('{"text": "a"}')
+    assert find_sources(tmp_path)[0].format == "jsonl"
+    (tmp_path / "b.jsonl.gz").write_bytes(b"")
+    for given in (tmp_path, tmp_path / "b.jsonl.gz", f"{tmp_path}/*", tmp_path.as_uri()):
+        with pytest.raises(ValueError, match=r"b\.jsonl\.gz is compressed"):
+            find_sources(given)
+
+
+def test_blocks_of_encoded_parquet_are_small(tmp_path: Path) -> None:
+    # one value, which the file has once, and a row group of many rows
+    text = pa.array(["word " * 20_000]).cast(pa.string())
+    table = pa.table({"text": text.take(pa.array([0] * 600)), "id": list(range(600))})
+    pq.write_table(table, tmp_path / "in.parquet")
+    blocks = list(read_blocks(find_sources(tmp_path)[0], "text"))
+    assert max(len(block.texts) for block in blocks) <= 64
+    ids = [row for block in blocks for row in block.columns.column("id").to_pylist()]
+    assert ids == list(range(600))
 
 
 def test_text_that_is_not_utf8_in_parquet(tmp_path: Path, model: dict[str, Any]) -> None:
@@ -836,6 +879,16 @@ def test_an_input_that_changes_while_a_shard_is_read_ends_it(tmp_path: Path, suf
         file.write(content)
     with pytest.raises(RuntimeError, match="changed after it was read first"):
         list(windows)
+
+
+def test_the_identity_of_a_run_is_hashed_once(
+    begun: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = read_manifest(begun[1])
+    assert manifest is not None
+    expected = shard_metadata(manifest, 1)
+    monkeypatch.setattr("nomoe.corpus.manifest.hashlib", None)
+    assert shard_metadata(manifest, 1) == expected
 
 
 def test_folders_that_are_not_ours(

@@ -273,8 +273,7 @@ class _Planner:
         self._rows_before += stop - start
 
     def _add_bad(self, source: Source, row: int, problem: str) -> None:
-        is_lines = source.format in ("text", "jsonl")
-        place = f"line {row + 1}" if is_lines else f"row {row} (the first is 0)"
+        place = f"line {row + 1}" if source.format == "text" else f"row {row} (the first is 0)"
         where = f"{source.path}, {place}: {problem}"
         if self._on_bad == "fail":
             raise ValueError(

@@ -30,6 +30,7 @@ FORMATS = {
 ARROW_FORMATS = ("parquet", "arrow")
 
 _MAGIC = re.compile(r"[*?\[]")
+_COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".lz4")
 _BUFFER = 1 << 20
 
 
@@ -56,7 +57,8 @@ def find_sources(inputs: str | Path | Sequence[str | Path]) -> list[Source]:
 
     Raises:
         FileNotFoundError: There is no such file, or a folder or pattern has none.
-        ValueError: A suffix that is not known, files of several formats, or a file named twice.
+        ValueError: A suffix that is not known, a compressed file, files of several formats, or a
+            file named twice.
         ImportError: A URI or a format that needs pyarrow, which is not installed.
     """
     given = [inputs] if isinstance(inputs, str | Path) else list(inputs)
@@ -208,7 +210,18 @@ def _once(paths: Iterable[Path]) -> Iterator[Path]:
 
 def _local(path: Path) -> Source:
     stat = path.stat()
-    return Source(str(path), FORMATS.get(path.suffix, ""), stat.st_size, stat.st_mtime_ns)
+    return Source(str(path), _format(path), stat.st_size, stat.st_mtime_ns)
+
+
+def _format(path: Path) -> str:
+    """Return a file's format by its suffix, "" where that says none."""
+    suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
+    if len(suffixes) == 2 and suffixes[0] in FORMATS and suffixes[1] in _COMPRESSED:
+        raise ValueError(
+            f"{path} is compressed, and cannot be entered at a row: unpack it, or write it as "
+            "Parquet, which is smaller still"
+        )
+    return FORMATS.get(path.suffix.lower(), "")
 
 
 def _file_system(uri: str) -> tuple[Any, str]:
@@ -236,9 +249,8 @@ def _find_remote(uri: str) -> list[Source]:
         raise FileNotFoundError(f"there is no file or folder {root}")
 
     def source(of: Any) -> Source:
-        suffix = Path(of.path).suffix
         path = prefix + quote(of.path, safe="/:=@+,")
-        return Source(path, FORMATS.get(suffix, ""), of.size, of.mtime_ns or 0)
+        return Source(path, _format(Path(of.path)), of.size, of.mtime_ns or 0)
 
     if info.type == fs.FileType.File:
         return [_checked(source(info))]
