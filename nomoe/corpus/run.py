@@ -233,7 +233,7 @@ def begin(request: Request) -> tuple[Request, Manifest]:
     plan = request.plan()
     check_same_input(begun.plan, plan, folder)
     # the same rows in files that were moved or copied
-    manifest = begun._replace(plan=plan)
+    manifest = replace(begun, plan=plan)
     manifest.write(folder)
     return request, manifest
 
