@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import inspect
 import json
 import logging
 import os
@@ -20,6 +21,7 @@ from nomoe.corpus import estimate_corpus
 from nomoe.corpus.embedder import WindowTokenizer, resolve_settings
 from nomoe.corpus.manifest import read_manifest, shard_metadata
 from nomoe.corpus.plan import make_plan
+from nomoe.corpus.request import make_request
 from nomoe.corpus.rows import Place, read_blocks
 from nomoe.corpus.shards import ShardReader
 from nomoe.corpus.sources import find_sources
@@ -977,6 +979,17 @@ def test_bad_calls_are_refused_before_the_input_is_read(
         with pytest.raises(ValueError, match=message):
             embed_corpus(inputs, tmp_path.parent / "elsewhere", **model)
     assert not out.exists()
+
+
+def test_keywords_are_the_functions_own(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match=r"embed_corpus\(\) got an unexpected .* 'colums'"):
+        embed_corpus(tmp_path, tmp_path / "out", colums=["id"])
+    shown = inspect.signature(embed_corpus).parameters
+    expected = inspect.signature(make_request).parameters
+    assert {name: shown[name].default for name in expected} == {
+        name: one.default for name, one in expected.items()
+    }
+    assert set(shown) - set(expected) == {"overwrite"}
 
 
 def test_an_output_that_would_be_input_is_refused(
