@@ -174,17 +174,24 @@ def test_carriage_returns_and_byte_order_mark(tmp_path: Path) -> None:
 
 BAD_INPUT = {
     "not utf-8": ("in.txt", b"fine\n\xff\xfe\n", "not UTF-8"),
-    "not json": ("in.jsonl", b'{"text": "a"}\n{"text": \n', "line 2: not JSON"),
-    "blank line": ("in.jsonl", b'{"text": "a"}\n\n{"text": "b"}\n', "line 2: not JSON"),
+    "not json": ("in.jsonl", b'{"text": "a"}\n{"text": \n', "row 1 (the first is 0): not JSON"),
     "no column": (
         "in.jsonl",
         b'{"text": "a"}\n{"body": "b"}\n',
-        "line 2: no text in column 'text'",
+        "row 1 (the first is 0): no text in column 'text'",
     ),
-    "null": ("in.jsonl", b'{"text": null}\n', "line 1: no text"),
-    "not an object": ("in.jsonl", b'"a"\n', "line 1: a JSON str, expected an object"),
+    "null": ("in.jsonl", b'{"text": null}\n', "row 0 (the first is 0): no text"),
+    "not an object": (
+        "in.jsonl",
+        b'"a"\n',
+        "row 0 (the first is 0): a JSON str, expected an object",
+    ),
     "taken": ("in.jsonl", b'{"text": "a", "embedding": 1}\n', "already has 'embedding'"),
-    "surrogate": ("in.jsonl", b'{"text": "\\ud800"}\n', "line 1: holds a lone surrogate"),
+    "surrogate": (
+        "in.jsonl",
+        b'{"text": "\\ud800"}\n',
+        "row 0 (the first is 0): holds a lone surrogate",
+    ),
     "suffix": ("in.doc", b"text\na\n", "suffix '.doc', expected one of .txt, .jsonl"),
 }
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import csv
+import inspect
 import json
 import logging
 import os
+import time
 from collections.abc import Sequence
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,9 @@ import pytest
 from nomoe import Encoder, data, embed_corpus
 from nomoe.corpus import estimate_corpus
 from nomoe.corpus.embedder import WindowTokenizer, resolve_settings
+from nomoe.corpus.manifest import read_manifest, shard_metadata
 from nomoe.corpus.plan import make_plan
+from nomoe.corpus.request import make_request
 from nomoe.corpus.rows import Place, read_blocks
 from nomoe.corpus.shards import ShardReader
 from nomoe.corpus.sources import find_sources
@@ -224,9 +229,9 @@ def test_folders_patterns_lists_and_uris(tmp_path: Path, model: dict[str, Any]) 
         found = find_sources(given)
         assert [Path(one.path.removeprefix("file://")) for one in found] == wanted, given
     remote = find_sources(f"{uri}/**/*.parquet")
-    assert len(remote) == 5
+    assert len(remote) == 4
     assert [one.path for one in find_sources(f"{uri}/*.parquet")] == [
-        f"{uri}/{name}.parquet" for name in (".hidden", "a", "c")
+        f"{uri}/{name}.parquet" for name in ("a", "c")
     ]
     assert [one.path for one in find_sources(f"{uri}/b/1.parquet")] == [f"{uri}/b/1.parquet"]
     # a shard may hold rows of several files
@@ -235,6 +240,39 @@ def test_folders_patterns_lists_and_uris(tmp_path: Path, model: dict[str, Any]) 
     table = read(tmp_path / "out")
     assert table["id"].to_pylist() == [row["id"] for row in rows]
     assert table.equals(read(tmp_path / "here"))
+
+
+def test_links_are_followed_once(
+    tmp_path: Path, warnings_of_nomoe: pytest.LogCaptureFixture
+) -> None:
+    folder, other = tmp_path / "data", tmp_path / "other"
+    (folder / "sub").mkdir(parents=True)
+    other.mkdir()
+    (folder / "sub" / "a.txt").write_text("a")
+    (other / "x.txt").write_text("x")
+    (folder / "link").symlink_to(other)
+    (folder / "sub" / "loop").symlink_to(folder)
+    (folder / "gone.txt").symlink_to(tmp_path / "nowhere.txt")
+    for given in (folder, f"{folder}/**/*.txt", f"{folder}/*/*.txt"):
+        names = [os.path.relpath(one.path, folder) for one in find_sources(given)]
+        assert names == ["link/x.txt", "sub/a.txt"], given
+    assert warnings_of_nomoe.text.count("gone.txt is a link to nothing") == 2
+    (folder / "same.txt").symlink_to(other / "x.txt")
+    names = [os.path.relpath(one.path, folder) for one in find_sources(folder)]
+    assert names == ["link/x.txt", "sub/a.txt"]
+    assert "same.txt is the same file as" in warnings_of_nomoe.text
+    for twice in (folder / "same.txt", (other / "x.txt").as_uri(), other / ".." / "other"):
+        with pytest.raises(ValueError, match="named twice"):
+            find_sources([other / "x.txt", twice])
+
+
+def test_files_come_in_one_order_however_they_are_named(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    for name in ("a.txt", "a/x.txt", "b.txt"):
+        (tmp_path / name).write_text(name)
+    for given in (tmp_path, f"{tmp_path}/**/*.txt", tmp_path.as_uri()):
+        paths = [one.path.removeprefix("file://") for one in find_sources(given)]
+        assert [os.path.relpath(path, tmp_path) for path in paths] == ["a/x.txt", "a.txt", "b.txt"]
 
 
 def test_lines_from_a_uri(tmp_path: Path, model: dict[str, Any]) -> None:
@@ -381,12 +419,54 @@ def test_bad_rows_of_text_formats(tmp_path: Path, model: dict[str, Any]) -> None
     )
     report = embed_corpus(tmp_path / "b.jsonl", tmp_path / "o.jsonl", on_bad="skip", **model)
     lines = [json.loads(line) for line in (tmp_path / "o.jsonl").read_text().splitlines()]
-    assert [(line["source_row"], line["text"]) for line in lines] == [(0, "a"), (7, "h")]
-    assert sum(report.bad.values()) == 7
+    assert [(line["source_row"], line["text"]) for line in lines] == [(0, "a"), (6, "h")]
+    assert sum(report.bad.values()) == 6
     assert report.bad["not UTF-8"] == 1
     (tmp_path / "c.txt").write_bytes(b"one\n\xff\nthree\n")
     embed_corpus(tmp_path / "c.txt", tmp_path / "c", on_bad="skip", **model)
     assert read(tmp_path / "c")["source_row"].to_pylist() == [0, 2]
+
+
+def test_a_number_of_json_without_end_is_a_bad_row(tmp_path: Path) -> None:
+    lines = ['{"text": "a"}', '{"text": "b", "n": ' + "1" * 5000 + "}", '{"text": "c"}']
+    (tmp_path / "in.jsonl").write_text("\n".join(lines))
+    sources = find_sources(tmp_path)
+    with pytest.raises(ValueError, match=r"in\.jsonl, row 1 .*: not JSON: .*digits"):
+        make_plan(sources, shard_rows=10, form="jsonl")
+    plan = make_plan(sources, on_bad="skip", shard_rows=10, form="jsonl")
+    assert (plan.rows, plan.bad) == (2, {"not JSON": 1})
+
+
+def test_blank_lines_of_jsonl_are_no_rows(tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_text('\n{"text": "a"}\n\n \r\n{"text": "b"}\n{"text": "c"}\n\n')
+    plan = make_plan(find_sources(tmp_path), shard_rows=1, form="jsonl")
+    reader = ShardReader(plan)
+    windows = [window for shard in (2, 0, 1) for window in reader.windows(shard, 40)]
+    assert [(window.rows.tolist(), window.texts) for window in windows] == [
+        ([2], ["c"]),
+        ([0], ["a"]),
+        ([1], ["b"]),
+    ]
+
+
+def test_suffixes(tmp_path: Path) -> None:
+    (tmp_path / "A.JSONL").write_text('{"text": "a"}')
+    assert find_sources(tmp_path)[0].format == "jsonl"
+    (tmp_path / "b.jsonl.gz").write_bytes(b"")
+    for given in (tmp_path, tmp_path / "b.jsonl.gz", f"{tmp_path}/*", tmp_path.as_uri()):
+        with pytest.raises(ValueError, match=r"b\.jsonl\.gz is compressed"):
+            find_sources(given)
+
+
+def test_blocks_of_encoded_parquet_are_small(tmp_path: Path) -> None:
+    # one value, which the file has once, and a row group of many rows
+    text = pa.array(["word " * 20_000]).cast(pa.string())
+    table = pa.table({"text": text.take(pa.array([0] * 600)), "id": list(range(600))})
+    pq.write_table(table, tmp_path / "in.parquet")
+    blocks = list(read_blocks(find_sources(tmp_path)[0], "text"))
+    assert max(len(block.texts) for block in blocks) <= 64
+    ids = [row for block in blocks for row in block.columns.column("id").to_pylist()]
+    assert ids == list(range(600))
 
 
 def test_text_that_is_not_utf8_in_parquet(tmp_path: Path, model: dict[str, Any]) -> None:
@@ -495,6 +575,133 @@ def test_types_that_change_between_files(tmp_path: Path, model: dict[str, Any]) 
         embed_corpus(folder, tmp_path / "other", **model)
     embed_corpus(folder, tmp_path / "other", columns=["text"], **model)
     assert read(tmp_path / "other").num_rows == 3
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        pa.array([{}, {}]),
+        pa.array([[{}], []]),
+        pa.array([(1, 2, 3)] * 2, pa.month_day_nano_interval()),
+        pa.UnionArray.from_sparse(
+            pa.array([0, 1], pa.int8()), [pa.array([1, 2]), pa.array(["a", "b"])]
+        ),
+    ],
+)
+def test_types_that_parquet_has_not_are_refused_when_planning(tmp_path: Path, values: Any) -> None:
+    table = pa.table({"text": ["a", "b"], "n": values})
+    with pa.ipc.new_file(tmp_path / "in.arrow", table.schema) as writer:
+        writer.write_table(table)
+    sources = find_sources(tmp_path / "in.arrow")
+    with pytest.raises(ValueError, match=r"column 'n' holds .*, which Parquet cannot hold"):
+        make_plan(sources, shard_rows=10, form="parquet")
+    assert make_plan(sources, columns=[], shard_rows=10, form="parquet").rows == 2
+
+
+def test_a_type_of_no_value_becomes_text_wherever_it_is(
+    tmp_path: Path, model: dict[str, Any]
+) -> None:
+    rows = [{"text": "a", "n": [], "m": {"k": None}, "o": [{"p": []}], "q": None}]
+    embed_corpus(write(tmp_path / "in.jsonl", rows), tmp_path / "out", **model)
+    table = pa.table({key: [value] for key, value in rows[0].items()})
+    with pa.ipc.new_file(tmp_path / "in.arrow", table.schema) as writer:
+        writer.write_table(table)
+    embed_corpus(tmp_path / "in.arrow", tmp_path / "arrow", **model)
+    for out in ("out", "arrow"):
+        table = read(tmp_path / out).drop_columns(["source_row", "embedding"])
+        assert table.to_pylist() == rows
+        assert "null" not in str([field.type for field in table.schema])
+
+
+INT, LARGE = 2**53 + 1, 2**63 + 5
+
+
+def typed_pair(folder: Path, first: Any, second: Any) -> Path:
+    folder.mkdir()
+    pq.write_table(pa.table({"text": ["a"], "n": first}), folder / "1.parquet")
+    pq.write_table(pa.table({"text": ["b"], "n": second}), folder / "2.parquet")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (pa.array([INT]), pa.array([0.5])),
+        (pa.array([LARGE], pa.uint64()), pa.array([-5])),
+        (pa.array([Decimal("12345678901234567891")]), pa.array([0.5])),
+        (pa.array([16777217], pa.int32()), pa.array([0.5], pa.float32())),
+        (pa.array([[INT]]), pa.array([[0.5]])),
+        (pa.array([{"x": INT}]), pa.array([{"x": 0.5}])),
+        (pa.array([10**10], pa.timestamp("s")), pa.array([1], pa.timestamp("ns"))),
+        (pa.array(["a"]), pa.array([b"\xff"])),
+        (pa.array([True]), pa.array([2])),
+    ],
+)
+@pytest.mark.parametrize("turned", [False, True])
+def test_types_that_lose_something_are_refused(
+    tmp_path: Path, first: Any, second: Any, turned: bool, model: dict[str, Any]
+) -> None:
+    pair = (second, first) if turned else (first, second)
+    folder = typed_pair(tmp_path / "in", *pair)
+    with pytest.raises(ValueError, match=r"2\.parquet: column 'n' holds .*, but .* before"):
+        make_plan(find_sources(folder), shard_rows=10, form="parquet")
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (pa.array([-(2**31)], pa.int32()), pa.array([2**62])),
+        (pa.array([2**32 - 1], pa.uint32()), pa.array([-5])),
+        (pa.array([2**32 - 1], pa.uint32()), pa.array([-5], pa.int8())),
+        (pa.array([2**31 - 1], pa.int32()), pa.array([0.1])),
+        (pa.array([0.1], pa.float32()), pa.array([0.1])),
+        (pa.array(["a"]), pa.array(["b"], pa.large_string())),
+        (pa.array(["a"]).dictionary_encode(), pa.array(["b"])),
+        (
+            pa.array(["a"]).dictionary_encode(),
+            pa.array(["b"]).cast(pa.dictionary("int8", "string")),
+        ),
+        (pa.nulls(1), pa.array([[{"x": 1}]])),
+        (pa.array([[None]]), pa.array([["b"]])),
+        (pa.array([{"x": 1, "y": None}]), pa.array([{"x": INT, "y": "b"}])),
+        (pa.array([Decimal("1.25")]), pa.array([Decimal("123456.5")])),
+        (
+            pa.array([[1, 2]], pa.list_(pa.int32(), 2)),
+            pa.array([[1, 2, 3]], pa.list_(pa.int64(), 3)),
+        ),
+    ],
+)
+@pytest.mark.parametrize("turned", [False, True])
+def test_types_that_widen_lose_nothing(
+    tmp_path: Path, first: Any, second: Any, turned: bool, model: dict[str, Any]
+) -> None:
+    pair = (second, first) if turned else (first, second)
+    folder = typed_pair(tmp_path / "in", *pair)
+    embed_corpus(folder, tmp_path / "out", **model)
+    expected = [one for values in pair for one in values.to_pylist()]
+    assert read(tmp_path / "out")["n"].to_pylist() == expected
+
+
+def test_numbers_of_json_widen_where_they_lose_nothing(
+    tmp_path: Path, model: dict[str, Any]
+) -> None:
+    values = [1, 0.5, [1], [0.5], {"x": 3}, {"x": 0.25}]
+    for index in range(0, 6, 2):
+        folder = tmp_path / str(index)
+        folder.mkdir()
+        for name, value in zip("ab", values[index : index + 2], strict=True):
+            write(folder / f"{name}.jsonl", [{"text": "t", "n": value}])
+        embed_corpus(folder, tmp_path / f"out{index}", **model)
+        assert read(tmp_path / f"out{index}")["n"].to_pylist() == values[index : index + 2]
+        for large in (INT, [INT], {"x": INT}):
+            write(folder / "c.jsonl", [{"text": "t", "n": large}])
+            with pytest.raises(ValueError, match=r"c\.jsonl: column 'n' holds"):
+                make_plan(find_sources(folder), shard_rows=10, form="parquet")
+            (folder / "c.jsonl").unlink()
+    write(tmp_path / "a.jsonl", [{"text": "t", "n": INT}])
+    write(tmp_path / "b.jsonl", [{"text": "t", "n": 0.5}])
+    with pytest.raises(ValueError, match=r"b\.jsonl: column 'n' holds double, but int64 before"):
+        make_plan(find_sources(f"{tmp_path}/*.jsonl"), shard_rows=10, form="parquet")
 
 
 @pytest.mark.parametrize("out", ["out", "o.parquet", "o.jsonl", "o.npy"])
@@ -628,16 +835,18 @@ def test_a_changed_input_is_refused_and_a_moved_one_is_not(
 
 
 @pytest.mark.parametrize("suffix", [".parquet", ".arrow"])
-def test_a_changed_text_of_a_typed_file_is_seen(
+def test_a_changed_value_of_a_typed_file_is_seen(
     tmp_path: Path, suffix: str, model: dict[str, Any]
 ) -> None:
     rows = make_rows(40)
     source, out = write(tmp_path / f"in{suffix}", rows), tmp_path / "out"
     embed_corpus(source, out, **model)
-    rows[20]["text"] = rows[20]["text"][:-1] + "Z"
-    write(source, rows)
-    with pytest.raises(ValueError, match="has changed"):
-        embed_corpus(source, out, **model)
+    for column in ("text", "id"):
+        changed = [dict(row) for row in rows]
+        changed[20][column] = changed[20][column][:-1] + "Z"
+        write(source, changed)
+        with pytest.raises(ValueError, match="has changed"):
+            embed_corpus(source, out, **model)
 
 
 def test_an_input_that_changes_during_a_run_ends_it(
@@ -656,6 +865,32 @@ def test_an_input_that_changes_during_a_run_ends_it(
     os.utime(source, ns=(modified, modified))
     with pytest.raises(RuntimeError, match=r"in\.jsonl changed after it was read first"):
         list(ShardReader(plan).windows(1, 4096))
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_an_input_that_changes_while_a_shard_is_read_ends_it(tmp_path: Path, suffix: str) -> None:
+    rows = make_rows(90)
+    source = write(tmp_path / f"in{suffix}", rows)
+    plan = make_plan(find_sources(source), shard_rows=45, form="parquet")
+    windows = ShardReader(plan).windows(0, 40)
+    next(windows)
+    # in place, so that the open file has the new bytes
+    time.sleep(0.02)
+    content = source.read_bytes()
+    with source.open("r+b") as file:
+        file.write(content)
+    with pytest.raises(RuntimeError, match="changed after it was read first"):
+        list(windows)
+
+
+def test_the_identity_of_a_run_is_hashed_once(
+    begun: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = read_manifest(begun[1])
+    assert manifest is not None
+    expected = shard_metadata(manifest, 1)
+    monkeypatch.setattr("nomoe.corpus.manifest.hashlib", None)
+    assert shard_metadata(manifest, 1) == expected
 
 
 def test_folders_that_are_not_ours(
@@ -722,7 +957,7 @@ def test_bad_calls_are_refused_before_the_input_is_read(
             embed_corpus(source, target, **model, **options)
     with pytest.raises(FileNotFoundError, match="no folder"):
         embed_corpus(source, tmp_path / "a" / "b", **model)
-    with pytest.raises(ValueError, match="is inside the input folder"):
+    with pytest.raises(ValueError, match="would be input of the next run"):
         embed_corpus(tmp_path, tmp_path / "inside", **model)
     for given, message in (
         (tmp_path / "none.jsonl", "there is no file or folder"),
@@ -744,6 +979,56 @@ def test_bad_calls_are_refused_before_the_input_is_read(
         with pytest.raises(ValueError, match=message):
             embed_corpus(inputs, tmp_path.parent / "elsewhere", **model)
     assert not out.exists()
+
+
+def test_keywords_are_the_functions_own(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match=r"embed_corpus\(\) got an unexpected .* 'colums'"):
+        embed_corpus(tmp_path, tmp_path / "out", colums=["id"])
+    shown = inspect.signature(embed_corpus).parameters
+    expected = inspect.signature(make_request).parameters
+    assert {name: shown[name].default for name in expected} == {
+        name: one.default for name, one in expected.items()
+    }
+    assert set(shown) - set(expected) == {"overwrite"}
+
+
+def test_an_output_that_would_be_input_is_refused(
+    tmp_path: Path, model: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nomoe.corpus.request.make_plan", None)
+    folder = tmp_path / "in"
+    folder.mkdir()
+    source = write(folder / "a.jsonl", make_rows(3))
+    typed = write(tmp_path / "b.parquet", make_rows(3))
+    (tmp_path / "link").symlink_to(folder)
+    content = source.read_bytes()
+    for given, output in (
+        (source, source),
+        (source, tmp_path / "link" / "a.jsonl"),
+        (source.as_uri(), source),
+        ([source], folder / ".." / "in" / "a.jsonl"),
+    ):
+        with pytest.raises(ValueError, match="is an input file"):
+            embed_corpus(given, output, overwrite=True, **model)
+    for given, output in (
+        (folder, folder / "out.jsonl"),
+        (folder.as_uri(), folder / "out.jsonl"),
+        (folder.as_uri(), folder / "vectors"),
+        (tmp_path / "link", folder / "vectors"),
+        (f"{tmp_path}/**/*.jsonl", tmp_path / "deep.jsonl"),
+        (f"{folder.as_uri()}/*.jsonl", folder / "out.jsonl"),
+        (f"{tmp_path}/**/*.parquet", tmp_path / "vectors"),
+        (f"{tmp_path.as_uri()}/**/*.parquet", tmp_path / "vectors"),
+        (f"{tmp_path}/link/../link/*.jsonl", folder / "out.jsonl"),
+    ):
+        with pytest.raises(ValueError, match="would be input of the next run"):
+            embed_corpus(given, output, overwrite=output.suffix != "", **model)
+    assert source.read_bytes() == content
+    assert typed.exists()
+    # what a pattern does not match may lie beside it
+    monkeypatch.undo()
+    embed_corpus(f"{folder}/*.jsonl", folder / "out", **model)
+    embed_corpus(f"{folder}/*.jsonl", folder / "out.npy", **model)
 
 
 # --- estimates ---

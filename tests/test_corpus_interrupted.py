@@ -112,7 +112,10 @@ def test_killed_at_ten_moments_the_union_is_the_uninterrupted_run(
     assert trial.exitcode == 0
     assert_whole(tmp_path / "trial", whole)
 
-    generator = np.random.default_rng(int(time.time()))
+    seed = int(time.time())
+    # shown if the test fails
+    print(f"seed {seed}")
+    generator = np.random.default_rng(seed)
     kills, runs, unfinished = 0, 0, 0
     while kills < 10:
         out = tmp_path / f"out{runs}"

@@ -98,7 +98,7 @@ def estimate_corpus(
     request = make_request(inputs, output, **options)
     request = replace(request, shard_rows=request.shard_rows or default_shard_rows(request))
     plan = request.plan()
-    sample = _sample(plan, request)
+    sample = _sample(plan)
     texts = [text for window in sample for text in window.texts]
     lengths = [len(ids) for ids in WindowTokenizer(request.settings)(texts).ids]
     timed, rate = _measure(request, texts) if texts else (0, 0.0)
@@ -123,7 +123,7 @@ def estimate_corpus(
     )
 
 
-def _sample(plan: Plan, request: Request) -> list[Window]:
+def _sample(plan: Plan) -> list[Window]:
     """Read the first rows of shards that lie evenly in the input; all rows of a small one."""
     if not plan.rows:
         return []

@@ -13,8 +13,10 @@ import logging
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from ..files import atomic_output
 from .plan import File, Plan
@@ -34,7 +36,8 @@ _UNFINISHED = re.compile(r"\.(part-\d{6,}\.parquet|_manifest\.json)\.[0-9a-f]{8}
 _LAYOUT = 1
 
 
-class Manifest(NamedTuple):
+@dataclass(frozen=True)
+class Manifest:
     """An output folder's description."""
 
     # what decides the vectors and the rows, by name; a change of one is another run
@@ -45,7 +48,7 @@ class Manifest(NamedTuple):
     # once all shards are there
     totals: dict[str, Any] | None = None
 
-    @property
+    @cached_property
     def run(self) -> str:
         """Identity of the run: a hash of its settings and its input."""
         decisive = [
@@ -66,7 +69,7 @@ class Manifest(NamedTuple):
         if missing:
             raise RuntimeError(f"{missing} shards are missing in {folder}: run this again")
         totals = {"rows": plan.rows, "left_out": plan.bad, "shards": len(plan.shards)}
-        self._replace(totals=totals).write(folder)
+        replace(self, totals=totals).write(folder)
 
     def write(self, folder: Path) -> None:
         """Put the manifest in place of an earlier one."""

@@ -1,8 +1,8 @@
 """What is to be done, known before the model is loaded: good rows, bad rows, shards, columns.
 
-The input is read once for this. Its rows are counted and checked, its bytes (of Parquet and Arrow
-the texts and the schema) hashed, and the rows divided into shards, which are then embedded each by
-itself, in any order and on any machine, with one and the same result.
+The input is read for this. Its rows are counted and checked, its bytes hashed, and the rows divided
+into shards, which are then embedded each by itself, in any order and on any machine, with one and
+the same result.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal
 
 from .rows import START, Block, arrow_schema, good_columns, read_blocks
-from .sources import ARROW_FORMATS, Source, require_pyarrow
+from .sources import ARROW_FORMATS, Source, hash_file, require_pyarrow
+from .types import check_parquet, wider, with_floats, without_nulls
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -45,7 +46,8 @@ class File:
     modified: int
     # rows read of it, bad ones included
     rows: int
-    # SHA-256 of what was read: all bytes of a text format, texts and schema of Arrow's
+    # SHA-256 of its bytes: all of them, but of a text format those that were read, and of a typed
+    # file that a limit leaves out the schema
     sha256: str
 
     @property
@@ -173,7 +175,13 @@ def make_plan(
         rows = 0
         needed = columns
         if source.format in ARROW_FORMATS:
-            planner.add_schema(arrow_schema(source), source.path)
+            schema = arrow_schema(source)
+            planner.add_schema(schema, source.path)
+            if left != 0:
+                # columns that go along are not looked at here, and yet must stay the same
+                hash_file(source.path, digest.update)
+            else:
+                digest.update(schema.serialize().to_pybytes())
             # the types are known: only the texts have to be looked at
             needed = ()
         if left != 0:
@@ -265,8 +273,7 @@ class _Planner:
         self._rows_before += stop - start
 
     def _add_bad(self, source: Source, row: int, problem: str) -> None:
-        is_lines = source.format in ("text", "jsonl")
-        place = f"line {row + 1}" if is_lines else f"row {row} (the first is 0)"
+        place = f"line {row + 1}" if source.format == "text" else f"row {row} (the first is 0)"
         where = f"{source.path}, {place}: {problem}"
         if self._on_bad == "fail":
             raise ValueError(
@@ -336,6 +343,8 @@ class _Types:
     def __init__(self) -> None:
         require_pyarrow("writing Parquet")
         self._fields: dict[str, pa.DataType] = {}
+        # columns of JSON whose whole numbers so far are floats without loss
+        self._exact: set[str] = set()
 
     def merge(self, name: str, kind: pa.DataType, path: str) -> None:
         """Widen a column's type by that of another file or block.
@@ -343,23 +352,20 @@ class _Types:
         Raises:
             ValueError: No type has room for both.
         """
-        import pyarrow as pa
-
         known = self._fields.get(name)
         if known is None or known == kind:
             self._fields[name] = kind
             return
-        try:
-            merged = pa.unify_schemas(
-                [pa.schema([(name, known)]), pa.schema([(name, kind)])],
-                promote_options="permissive",
-            )
-        except pa.ArrowException as error:
+        merged = wider(known, kind)
+        if merged is None and name in self._exact:
+            merged = wider(with_floats(known), with_floats(kind))
+        if merged is None:
             raise ValueError(
-                f"{path}: column {name!r} holds {kind}, but {known} before it; leave it out with "
-                "columns= (--columns), or give it one type"
-            ) from error
-        self._fields[name] = merged.field(name).type
+                f"{path}: column {name!r} holds {kind}, but {known} before it, and no type has "
+                "room for both without loss; leave it out with columns= (--columns), or give it "
+                "one type"
+            )
+        self._fields[name] = merged
 
     def infer(self, name: str, values: list[Any], source: Source) -> None:
         """Widen a column's type by values of a text format.
@@ -373,22 +379,41 @@ class _Types:
             self.merge(name, pa.string(), source.path)
             return
         try:
-            kind = pa.array(values).type
+            array = pa.array(values)
         except (pa.ArrowException, OverflowError, UnicodeEncodeError) as error:
             raise ValueError(
                 f"{source.path}: column {name!r} has no one type that Parquet could hold; leave "
                 f"it out with columns= (--columns): {error}"
             ) from error
-        self.merge(name, kind, source.path)
+        self._note_exact(name, array)
+        self.merge(name, array.type, source.path)
+
+    def _note_exact(self, name: str, array: pa.Array) -> None:
+        """Note whether all whole numbers of a column so far could be floats."""
+        import pyarrow as pa
+
+        if name not in self._fields:
+            self._exact.add(name)
+        if name in self._exact and with_floats(array.type) != array.type:
+            try:
+                array.cast(with_floats(array.type))
+            except pa.ArrowException:
+                self._exact.remove(name)
 
     def schema(self, columns: Sequence[str] | None) -> pa.Schema:
-        """Return the columns, in the order asked for or else met."""
+        """Return the columns, in the order asked for or else met.
+
+        Raises:
+            ValueError: Parquet cannot hold one.
+        """
         import pyarrow as pa
 
         names: Iterator[str] = iter(self._fields if columns is None else columns)
         # a column without a value anywhere has no type of its own
         kinds = ((name, self._fields.get(name, pa.null())) for name in names)
-        return pa.schema([(name, _concrete(kind)) for name, kind in kinds])
+        schema = pa.schema([(name, without_nulls(kind)) for name, kind in kinds])
+        check_parquet(schema)
+        return schema
 
 
 def _is_json(kind: pa.DataType) -> bool:
@@ -412,10 +437,3 @@ def _is_json(kind: pa.DataType) -> bool:
         pa.types.is_string_view,
     )
     return any(is_kind(kind) for is_kind in simple)
-
-
-def _concrete(kind: pa.DataType) -> pa.DataType:
-    """Replace "null", which Parquet readers stumble over, by text."""
-    import pyarrow as pa
-
-    return pa.string() if pa.types.is_null(kind) else kind

@@ -16,7 +16,7 @@ from ..checkpoint import DEFAULT_REPO, NEEDED_FILES, find_weights
 from ..moe import BackendName
 from .embedder import ModelSettings, Precision, resolve_settings
 from .plan import OnBad, OutputForm, Plan, make_plan
-from .sources import Source, find_sources, require_pyarrow
+from .sources import Source, find_sources, require_pyarrow, resolved, takes_in
 from .workers import choose_devices
 
 OUTPUT_SUFFIXES = (".npy", ".jsonl", ".parquet")
@@ -165,10 +165,7 @@ def make_request(
     if output.suffix in ("", ".parquet"):
         require_pyarrow("writing Parquet")
     sources = find_sources(inputs)
-    for source in sources:
-        if "://" not in source.path and output.resolve() in Path(source.path).resolve().parents:
-            raise ValueError(f"{source.path} is in the output folder {output}")
-    _check_outside(inputs, output)
+    _check_apart(inputs, sources, output)
     devices = choose_devices(device, workers)
     settings = resolve_settings(
         model,
@@ -201,12 +198,23 @@ def make_request(
     )
 
 
-def _check_outside(inputs: str | Path | Sequence[str | Path], output: Path) -> None:
-    """Refuse an output within an input folder, where the next run would take it for input."""
+def _check_apart(
+    inputs: str | Path | Sequence[str | Path], sources: Sequence[Source], output: Path
+) -> None:
+    """Refuse an output that is input, or that the next run would take for input."""
+    target = output.resolve()
+    for source in sources:
+        path = Path(resolved(source.path))
+        if path == target:
+            raise ValueError(f"the output {output} is an input file")
+        if target in path.parents:
+            raise ValueError(f"{source.path} is in the output folder {output}")
     for one in [inputs] if isinstance(inputs, str | Path) else inputs:
-        folder = Path(one).expanduser()
-        if not output.suffix and folder.is_dir() and folder.resolve() in output.resolve().parents:
-            raise ValueError(f"the output {output} is inside the input folder {folder}")
+        if takes_in(str(one), target if output.suffix else target / "part-000000.parquet"):
+            raise ValueError(
+                f"the output {output} is inside the input {one}, and would be input of the next "
+                "run; write it elsewhere"
+            )
 
 
 def default_shard_rows(request: Request) -> int:

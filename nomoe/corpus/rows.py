@@ -14,7 +14,7 @@ from itertools import accumulate, chain
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, TypeAlias
 
 from ..tokenizer import check_texts
-from .sources import Source, open_source
+from .sources import ARROW_FORMATS, Source, open_source
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 # most rows and about the most bytes of a block
 _BLOCK_ROWS = 1024
 _BLOCK_BYTES = 4 << 20
+# rows of a Parquet group that tell how large its rows are
+_SAMPLE_ROWS = 16
 # longest row of a text format: beyond it a file is taken for another kind of data
 _LONGEST_ROW = 256 << 20
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -67,15 +69,15 @@ def read_blocks(
         column: Where the text is; a .txt file has one column, "text".
         columns: Columns to bring along; None brings all.
         place: The row to begin with.
-        digest: Given every byte that says what the rows are.
+        digest: Given every byte that is read of a text format.
 
     Raises:
         ValueError: The file is not what its suffix says, is broken so that rows cannot be told
             apart, or has no such column.
         OSError: It cannot be read.
     """
-    if source.format in ("parquet", "arrow"):
-        return _arrow_blocks(source, column, columns, place.row, digest)
+    if source.format in ARROW_FORMATS:
+        return _arrow_blocks(source, column, columns, place.row)
     return _line_blocks(source, column, columns, place, digest)
 
 
@@ -190,7 +192,8 @@ def _unicode_problem(text: str) -> str | None:
 def _parsed(lines: _Lines, parse: Callable[[str, str], _Row], column: str) -> Iterator[_Row]:
     for line in lines:
         line = line.removesuffix("\n").removesuffix("\r")
-        yield parse(line, column) if lines.is_utf8 else _Row(None, {}, "not UTF-8")
+        if parse is _text_row or line.strip():
+            yield parse(line, column) if lines.is_utf8 else _Row(None, {}, "not UTF-8")
         lines.begin_row()
 
 
@@ -201,7 +204,8 @@ def _text_row(line: str, column: str) -> _Row:
 def _json_row(line: str, column: str) -> _Row:
     try:
         columns = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
+    # a ValueError that is no JSONDecodeError: more digits than Python makes a number of
+    except (ValueError, RecursionError) as error:
         return _Row(None, {}, f"not JSON: {error}")
     if not isinstance(columns, dict):
         return _Row(None, {}, f"a JSON {type(columns).__name__}, expected an object")
@@ -318,23 +322,17 @@ def _arrow_blocks(
     column: str,
     columns: Sequence[str] | None,
     first: int,
-    digest: Callable[[bytes], None] | None,
 ) -> Iterator[Block]:
     import pyarrow as pa
 
     schema = arrow_schema(source)
     _check_text_column(schema, column, source.path)
     wanted = schema.names if columns is None else [name for name in schema.names if name in columns]
-    if digest is not None:
-        digest(schema.serialize().to_pybytes())
     with closing(open_source(source.path)) as file:
         read = _parquet_batches if source.format == "parquet" else _ipc_batches
         try:
             for batch in read(file, list(dict.fromkeys([column, *wanted])), first):
                 texts, problems = _arrow_texts(batch.column(column))
-                if digest is not None:
-                    digest(json.dumps([text and len(text) for text in texts]).encode())
-                    digest("".join(text or "" for text in texts).encode())
                 yield Block(texts, problems, batch.select(wanted), [])
         except (pa.ArrowException, OSError) as error:
             raise _not_whole(source, error) from error
@@ -362,11 +360,15 @@ def _parquet_batches(file: BinaryIO, columns: list[str], first: int) -> Iterator
     for index, (group, end) in enumerate(zip(groups, ends, strict=True)):
         if end <= first or not group.num_rows:
             continue
+        options = {"row_groups": [index], "columns": columns, "use_threads": False}
         bytes_per_row = max(1, group.total_byte_size // group.num_rows)
+        size = min(_SAMPLE_ROWS, max(1, _BLOCK_BYTES // bytes_per_row))
+        # a value that a group holds once may be in each of its rows
+        sample = next(parquet.iter_batches(size, **options))
+        bytes_per_row = max(bytes_per_row, sample.nbytes // sample.num_rows)
         size = min(_BLOCK_ROWS, max(1, _BLOCK_BYTES // bytes_per_row))
         skip = max(0, first - (end - group.num_rows))
-        batches = parquet.iter_batches(size, row_groups=[index], columns=columns, use_threads=False)
-        for batch in batches:
+        for batch in parquet.iter_batches(size, **options):
             if skip < batch.num_rows:
                 yield batch.slice(skip)
             skip = max(0, skip - batch.num_rows)

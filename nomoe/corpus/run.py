@@ -8,12 +8,15 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any
 
+import torch
 from tqdm.auto import tqdm
 
+from ..checkpoint import DEFAULT_REPO
 from ..files import check_output
-from .embedder import Embedder
+from ..moe import BackendName
+from .embedder import Embedder, Precision
 from .manifest import (
     Manifest,
     check_folder,
@@ -25,10 +28,9 @@ from .manifest import (
     remove_unfinished,
 )
 from .outputs import JsonlOutput, NpyOutput, Output, ParquetOutput
-from .plan import Plan
+from .plan import OnBad, Plan
 from .request import (
     OUTPUT_SUFFIXES,
-    Options,
     Request,
     default_shard_rows,
     describe_origin,
@@ -74,7 +76,25 @@ def embed_corpus(
     output: str | Path,
     *,
     overwrite: bool = False,
-    **options: Unpack[Options],
+    model: str | Path = DEFAULT_REPO,
+    revision: str | None = None,
+    device: str | None = None,
+    dtype: str | torch.dtype | None = None,
+    backend: BackendName = "auto",
+    prompt_name: str | None = "document",
+    prompt: str | None = None,
+    dim: int | None = None,
+    precision: Precision = "float32",
+    max_seq_length: int | None = None,
+    batch_tokens: int | None = None,
+    column: str = "text",
+    columns: Sequence[str] | None = None,
+    on_bad: OnBad = "fail",
+    limit: int | None = None,
+    shard_rows: int | None = None,
+    workers: int | None = None,
+    show_progress_bar: bool | None = None,
+    local_files_only: bool = False,
 ) -> CorpusReport:
     """Embed the texts of files into files, and go on where a run was interrupted.
 
@@ -89,19 +109,28 @@ def embed_corpus(
             pattern, or a list of those; paths or URIs that pyarrow opens.
         output: A folder (no suffix), or one .parquet, .jsonl or .npy file.
         overwrite: Replace an output file that exists.
-        **options: `model`, `revision`, `device`, `dtype`, `backend`, `max_seq_length`,
-            `local_files_only` as for `Encoder.from_pretrained`, where `device="cuda"` means every
-            GPU; `prompt_name` ("document" by default; None for none) and `prompt`; `dim`, features
-            to keep; `precision`, which besides those of `Encoder.encode` may be "float16";
-            `batch_tokens`; `show_progress_bar`; and
-            `column`: where the text is, "text" by default;
-            `columns`: names of the columns that go along, None for all;
-            `on_bad`: "fail" refuses an input with a bad row before the model is loaded, "skip"
-            leaves such rows out and counts them;
-            `limit`: read only so many rows;
-            `shard_rows`: rows of a shard, 4,096 on a CPU and 32,768 on CUDA by default;
-            `workers`: processes, by default one for each GPU, and on a CPU one for each eight
-            cores.
+        model: A repository's name or a folder, as for `Encoder.from_pretrained`; so also
+            `revision`, `dtype`, `backend`, `max_seq_length` and `local_files_only`.
+        revision: Branch, tag or commit.
+        device: "cpu", "cuda" for every GPU, "cuda:1" for one; None takes the GPUs if there are any.
+        dtype: Type of the weights.
+        backend: Implementation of the MoE layers.
+        prompt_name: Name of the prompt put before each text; None takes the checkpoint's default.
+        prompt: The prompt itself, in place of `prompt_name`.
+        dim: Features to keep; None keeps all.
+        precision: How vectors are stored: as for `Encoder.encode`, or "float16".
+        max_seq_length: Longest text in tokens; longer ones are cut.
+        batch_tokens: Most tokens of a batch; None takes the device's own, or an earlier run's.
+        column: Where the text is.
+        columns: Names of the columns that go along; None for all.
+        on_bad: "fail" refuses an input with a bad row before the model is loaded, "skip" leaves
+            such rows out and counts them.
+        limit: Read only so many rows.
+        shard_rows: Rows of a shard; None takes 4,096 on a CPU and 32,768 on CUDA, or an earlier
+            run's.
+        workers: Processes; None takes one for each GPU, and on a CPU one for each eight cores.
+        show_progress_bar: None shows a bar on a terminal once the work has taken a while.
+        local_files_only: Ask the Hub nothing.
 
     Returns:
         What was done.
@@ -116,7 +145,29 @@ def embed_corpus(
             process died, or the input changed meanwhile.
         OSError: The output cannot be written; finished shards stay.
     """
-    request = make_request(inputs, output, **options)
+    request = make_request(
+        inputs,
+        output,
+        model=model,
+        revision=revision,
+        device=device,
+        dtype=dtype,
+        backend=backend,
+        prompt_name=prompt_name,
+        prompt=prompt,
+        dim=dim,
+        precision=precision,
+        max_seq_length=max_seq_length,
+        batch_tokens=batch_tokens,
+        column=column,
+        columns=columns,
+        on_bad=on_bad,
+        limit=limit,
+        shard_rows=shard_rows,
+        workers=workers,
+        show_progress_bar=show_progress_bar,
+        local_files_only=local_files_only,
+    )
     if request.is_folder:
         if overwrite:
             raise ValueError(f"overwrite is for one file; to begin anew, remove {output}")
@@ -233,7 +284,7 @@ def begin(request: Request) -> tuple[Request, Manifest]:
     plan = request.plan()
     check_same_input(begun.plan, plan, folder)
     # the same rows in files that were moved or copied
-    manifest = begun._replace(plan=plan)
+    manifest = replace(begun, plan=plan)
     manifest.write(folder)
     return request, manifest
 

@@ -81,6 +81,10 @@ class ShardReader:
         left = self._plan.shards[shard].rows
         for window in windows(texts(), batch_tokens):
             left -= len(window)
+            if not left:
+                # a file may have been written anew while it was open
+                for piece in self._plan.shards[shard].pieces:
+                    self._check_unchanged(piece)
             rows, columns = _take(held, len(window))
             yield Window(shard, window, rows, columns, is_last=not left)
         if left:
@@ -91,8 +95,7 @@ class ShardReader:
         is_ahead = piece.row == self._row or (piece.row > self._row and not piece.offset)
         if piece.file != self._file or not is_ahead:
             file = self._plan.files[piece.file]
-            if look_again(file.source) != file.source:
-                raise self._changed(piece)
+            self._check_unchanged(piece)
             place = Place(piece.row, piece.offset)
             self._blocks = read_blocks(file.source, self._plan.column, self._plan.columns, place)
             self._file, self._row, self._rest = piece.file, piece.row, None
@@ -108,6 +111,11 @@ class ShardReader:
             self._row += stop
             if start < stop:
                 yield _slice_block(block, start, stop)
+
+    def _check_unchanged(self, piece: Piece) -> None:
+        source = self._plan.files[piece.file].source
+        if look_again(source) != source:
+            raise self._changed(piece)
 
     def _changed(self, piece: Piece) -> RuntimeError:
         path = self._plan.files[piece.file].path

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import glob
 import io
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
+from urllib.parse import quote, unquote
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +30,7 @@ FORMATS = {
 ARROW_FORMATS = ("parquet", "arrow")
 
 _MAGIC = re.compile(r"[*?\[]")
+_COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".lz4")
 _BUFFER = 1 << 20
 
 
@@ -48,13 +50,15 @@ def find_sources(inputs: str | Path | Sequence[str | Path]) -> list[Source]:
 
     Args:
         inputs: A file, a folder (all files in it and below it, but none whose name begins with "."
-            or "_"), a pattern with `*`, `?`, `[...]` or `**`, or a list of those. Files of a folder
-            or pattern come sorted by path. Each may be a URI that pyarrow opens, such as
-            "s3://bucket/folder".
+            or "_"), a pattern with `*`, `?`, `[...]` or `**` (which pass over names that begin with
+            "."), or a list of those. Files of a folder or pattern come sorted by path, folder by
+            folder; links are followed, and a file that is met twice is taken once. Each may be a
+            URI that pyarrow opens, such as "s3://bucket/folder".
 
     Raises:
         FileNotFoundError: There is no such file, or a folder or pattern has none.
-        ValueError: A suffix that is not known, files of several formats, or a file named twice.
+        ValueError: A suffix that is not known, a compressed file, files of several formats, or a
+            file named twice.
         ImportError: A URI or a format that needs pyarrow, which is not installed.
     """
     given = [inputs] if isinstance(inputs, str | Path) else list(inputs)
@@ -65,9 +69,10 @@ def find_sources(inputs: str | Path | Sequence[str | Path]) -> list[Source]:
         sources += _find_remote(str(one)) if "://" in str(one) else _find_local(str(one))
     seen = set()
     for source in sources:
-        if source.path in seen:
+        path = resolved(source.path)
+        if path in seen:
             raise ValueError(f"{source.path} is named twice")
-        seen.add(source.path)
+        seen.add(path)
     formats = sorted({source.format for source in sources})
     if len(formats) > 1:
         raise ValueError(
@@ -99,8 +104,20 @@ def look_again(source: Source) -> Source:
     """
     if "://" not in source.path:
         return _local(Path(source.path))
-    (found,) = _find_remote(source.path)
-    return found
+    from pyarrow import fs
+
+    system, inside = _file_system(source.path)
+    info = system.get_file_info(inside)
+    if info.type == fs.FileType.NotFound:
+        raise FileNotFoundError(f"there is no file {source.path} any more")
+    return source._replace(size=info.size, modified=info.mtime_ns or 0)
+
+
+def resolved(path: str) -> str:
+    """Return one name for whatever names one file: of this machine the path without links."""
+    if path.startswith("file://"):
+        path = unquote(path.removeprefix("file://"))
+    return path if "://" in path else str(Path(path).expanduser().resolve())
 
 
 def open_source(path: str) -> BinaryIO:
@@ -112,28 +129,99 @@ def open_source(path: str) -> BinaryIO:
     return io.BufferedReader(cast(Any, system.open_input_file(inside)), _BUFFER)
 
 
+def takes_in(given: str, path: Path) -> bool:
+    """Say whether an input that is a folder or a pattern takes in a file, were it there.
+
+    Args:
+        given: As for `find_sources`.
+        path: A file of this machine, without links.
+    """
+    if "://" in given and not given.startswith("file://"):
+        return False
+    here = Path(given).expanduser()
+    is_pattern = bool(_MAGIC.search(given)) and not here.exists()
+    text = unquote(given) if "://" in given else here.as_posix()
+    root, pattern = split_pattern(text)
+    folder = Path(resolved((root or ".") if is_pattern else given))
+    if folder not in path.parents:
+        return False
+    inside = path.relative_to(folder).as_posix()
+    return not is_pattern or _glob_pattern(pattern).fullmatch(inside) is not None
+
+
+def hash_file(path: str, digest: Callable[[bytes], None]) -> None:
+    """Give all bytes of a file of this machine or a URI to a digest."""
+    with closing(open_source(path)) as file:
+        while piece := file.read(_BUFFER):
+            digest(piece)
+
+
 def _find_local(given: str) -> list[Source]:
     path = Path(given).expanduser()
     if path.is_dir():
-        found = [one for one in sorted(path.rglob("*")) if one.is_file()]
-        return _known(
-            given,
-            [_local(one) for one in found if not _is_hidden(one.relative_to(path).parts)],
-        )
+        shown = [one for one in _walk(path) if not _is_hidden(one.relative_to(path).parts)]
+        return _known(given, [_local(one) for one in _once(shown)])
     if path.is_file():
         return [_checked(_local(path))]
     if _MAGIC.search(given):
-        found = [Path(one) for one in sorted(glob.glob(str(path), recursive=True))]
-        sources = [_checked(_local(one)) for one in found if one.is_file()]
+        root, pattern = split_pattern(path.as_posix())
+        below = Path(root)
+        if not below.is_dir():
+            raise FileNotFoundError(f"there is no folder {below}, where {given!r} begins")
+        wanted = _glob_pattern(path.as_posix())
+        depth = None if "**" in pattern else pattern.count("/") + 1
+        matching = [one for one in _walk(below, depth) if wanted.fullmatch(one.as_posix())]
+        sources = [_checked(_local(one)) for one in _once(matching)]
         if sources:
             return sources
         raise FileNotFoundError(f"no file matches {given!r}")
     raise FileNotFoundError(f"there is no file or folder {given}")
 
 
+def _walk(
+    folder: Path, depth: int | None = None, above: frozenset[tuple[int, int]] = frozenset()
+) -> Iterator[Path]:
+    """Yield what is no folder, down to a depth, sorted; no link leads back into its own folder."""
+    stat = folder.stat()
+    here = (stat.st_dev, stat.st_ino)
+    if here in above:
+        return
+    for path in sorted(folder.iterdir()):
+        if not path.is_dir():
+            yield path
+        elif depth is None or depth > 1:
+            yield from _walk(path, None if depth is None else depth - 1, above | {here})
+
+
+def _once(paths: Iterable[Path]) -> Iterator[Path]:
+    """Yield each file once, under the first of its names."""
+    seen: dict[Path, Path] = {}
+    for path in paths:
+        if path.is_symlink() and not path.exists():
+            logger.warning("%s is a link to nothing and is left out", path)
+        if not path.is_file():
+            continue
+        first = seen.setdefault(path.resolve(), path)
+        if first is path:
+            yield path
+        else:
+            logger.warning("%s is the same file as %s and is left out", path, first)
+
+
 def _local(path: Path) -> Source:
     stat = path.stat()
-    return Source(str(path), FORMATS.get(path.suffix, ""), stat.st_size, stat.st_mtime_ns)
+    return Source(str(path), _format(path), stat.st_size, stat.st_mtime_ns)
+
+
+def _format(path: Path) -> str:
+    """Return a file's format by its suffix, "" where that says none."""
+    suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
+    if len(suffixes) == 2 and suffixes[0] in FORMATS and suffixes[1] in _COMPRESSED:
+        raise ValueError(
+            f"{path} is compressed, and cannot be entered at a row: unpack it, or write it as "
+            "Parquet, which is smaller still"
+        )
+    return FORMATS.get(path.suffix.lower(), "")
 
 
 def _file_system(uri: str) -> tuple[Any, str]:
@@ -152,18 +240,17 @@ def _file_system(uri: str) -> tuple[Any, str]:
 def _find_remote(uri: str) -> list[Source]:
     from pyarrow import fs
 
-    magic = _MAGIC.search(uri)
     # what is listed of a pattern: the folder before its first wild card
-    root = uri[: uri.rindex("/", 0, magic.start()) + 1] if magic else uri
+    root, magic = split_pattern(uri)
     system, inside = _file_system(root.rstrip("/"))
-    prefix = root.rstrip("/").removesuffix(inside)
+    prefix = unquote(root.rstrip("/")).removesuffix(inside)
     info = system.get_file_info(inside)
     if info.type == fs.FileType.NotFound:
         raise FileNotFoundError(f"there is no file or folder {root}")
 
     def source(of: Any) -> Source:
-        suffix = Path(of.path).suffix
-        return Source(prefix + of.path, FORMATS.get(suffix, ""), of.size, of.mtime_ns or 0)
+        path = prefix + quote(of.path, safe="/:=@+,")
+        return Source(path, _format(Path(of.path)), of.size, of.mtime_ns or 0)
 
     if info.type == fs.FileType.File:
         return [_checked(source(info))]
@@ -172,9 +259,9 @@ def _find_remote(uri: str) -> list[Source]:
         for one in system.get_file_info(fs.FileSelector(inside, recursive=True))
         if one.type == fs.FileType.File
     ]
-    below.sort(key=lambda one: str(one.path))
+    below.sort(key=lambda one: one.path.split("/"))
     if magic:
-        pattern = _glob_pattern(uri.removeprefix(prefix))
+        pattern = _glob_pattern(unquote(uri).removeprefix(prefix))
         sources = [_checked(source(one)) for one in below if pattern.fullmatch(one.path)]
         if not sources:
             raise FileNotFoundError(f"no file matches {uri!r}")
@@ -185,16 +272,38 @@ def _find_remote(uri: str) -> list[Source]:
     )
 
 
+def split_pattern(text: str) -> tuple[str, str]:
+    """Split a pattern into the folder before its first wild card and the rest; else ("...", "")."""
+    magic = _MAGIC.search(text)
+    if not magic:
+        return text, ""
+    start = text.rfind("/", 0, magic.start()) + 1
+    return text[:start], text[start:]
+
+
 def _glob_pattern(text: str) -> re.Pattern[str]:
     """Translate a pattern as `glob` understands it, of which `fnmatch` lets `*` cross a slash."""
-    parts = {"**/": r"(?:.*/)?", "**": r".*", "*": r"[^/]*", "?": r"[^/]"}
+    # a wild card stands for no name that begins with "."
+    shown = r"(?!(?:(?<=/)|^)\.)"
+    parts = {
+        "**/": r"(?:(?!\.)[^/]+/)*",
+        "**": r"(?:(?!\.)[^/]+/)*(?!\.)[^/]+",
+        "*": shown + r"[^/]*",
+        "?": shown + r"[^/]",
+    }
     pieces = re.split(r"(\*\*/|\*\*|\*|\?|\[[^\]]+\])", text)
     return re.compile(
         "".join(
-            parts.get(piece) or (piece if piece.startswith("[") else re.escape(piece))
+            parts.get(piece)
+            or (_glob_class(piece) if piece[:1] + piece[-1:] == "[]" else re.escape(piece))
             for piece in pieces
         )
     )
+
+
+def _glob_class(piece: str) -> str:
+    inside = piece[1:-1].replace("\\", "\\\\")
+    return f"[^{inside[1:]}]" if inside.startswith("!") else f"[{inside}]"
 
 
 def _is_hidden(parts: Sequence[str]) -> bool:

@@ -102,15 +102,18 @@ def embed_dataset(
     if isinstance(settled, Exception):
         raise settled
     request: Request = settled
-    folder = locate(request.model, revision=options.get("revision"))
-    request = replace(request, settings=replace(request.settings, folder=folder))
+    model = _SharedModel(
+        request.model,
+        options.get("revision"),
+        # of the devices that an actor has, the first
+        request.devices[0].partition(":")[0],
+        local_files_only=options.get("local_files_only", False),
+    )
+    request = replace(request, settings=model.here(request.settings))
 
     def embed(
         request: Request, job: Job, todo: list[int], report: Callable[[Progress], None]
     ) -> None:
-        # of the devices that an actor has, the first
-        device = request.devices[0].partition(":")[0]
-        model = _SharedModel(request.model, options.get("revision"), device)
         pools = {"actors": min(actors, len(todo)), "readers": min(readers, len(todo))}
         dataset = _stages(job, model, todo, num_gpus=num_gpus, num_cpus=num_cpus, **pools)
         for row in dataset.iter_rows():
@@ -173,12 +176,18 @@ def _stages(
 class _SharedModel:
     """A checkpoint, found anew on every node."""
 
-    def __init__(self, name: str, revision: str | None, device: str) -> None:
+    def __init__(
+        self, name: str, revision: str | None, device: str, *, local_files_only: bool
+    ) -> None:
         self._name, self._revision, self.device = name, revision, device
+        self._local_files_only = local_files_only
 
     def here(self, settings: ModelSettings) -> ModelSettings:
         """Return settings with the folder that this node has it in."""
-        return replace(settings, folder=locate(self._name, revision=self._revision))
+        folder = locate(
+            self._name, revision=self._revision, local_files_only=self._local_files_only
+        )
+        return replace(settings, folder=folder)
 
 
 class ReadShard:

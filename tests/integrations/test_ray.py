@@ -21,6 +21,8 @@ import ray.data
 import nomoe
 import nomoe.ray
 from nomoe import Encoder, embed_corpus
+from nomoe.corpus.embedder import resolve_settings
+from nomoe.ray.dataset import _SharedModel
 
 ROWS, SHARD_ROWS = 480, 40
 
@@ -274,3 +276,19 @@ def test_a_pipeline_with_rays_own_checkpoint(
         assert set((tmp_path / "out").iterdir()) == files
     finally:
         context.checkpoint_config = None
+
+
+def test_no_node_asks_the_hub_when_told_not_to(
+    shallow_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = {}
+
+    def locate(name: str, **options: Any) -> Path:
+        asked[name] = options
+        return shallow_folder
+
+    monkeypatch.setattr("nomoe.ray.dataset.locate", locate)
+    settings = resolve_settings(shallow_folder, device="cpu")
+    model = _SharedModel("owner/name", "abc", "cpu", local_files_only=True)
+    assert model.here(settings).folder == shallow_folder
+    assert asked == {"owner/name": {"revision": "abc", "local_files_only": True}}
