@@ -259,8 +259,9 @@ class Packable(nn.Module):
         super()._load_from_state_dict(*arguments)
 
     def _save_to_state_dict(self, *arguments: Any) -> None:
-        self.unpack()
-        super()._save_to_state_dict(*arguments)
+        with LAYING_OUT:
+            self.unpack()
+            super()._save_to_state_dict(*arguments)
 
     def __getstate__(self) -> dict[str, Any]:
         self.unpack()

@@ -290,7 +290,7 @@ def test_derived_figures():
     assert [first[name] for name in figures] == pytest.approx([30, 18, 42, 10_000, 0.2, 2.0])
     assert [second[name] for name in figures] == pytest.approx([60, 60, 60, 5000, 1 / 60, 1.0])
     assert first["times_ms"] == pytest.approx([50, 10, 40, 20, 30])
-    assert first["deviation"] == {"cosine_distance": 1e-12, "max_abs": 1e-6}
+    assert first["deviation"] == {"cosine_distance": 1e-12, "max_abs": 1e-6, "length": 0.05}
     assert "deviation" not in second
 
     [row] = [line for line in report.render(record).splitlines() if line.startswith("| fast")]
@@ -523,7 +523,7 @@ class Server(ThreadingHTTPServer):
 
 class Answer(BaseHTTPRequestHandler):
     def do_GET(self):
-        self._send({"max_client_batch_size": 4} if self.path == "/info" else None)
+        self._send({"max_client_batch_size": 4, "model_dtype": "float32"} if self.path == "/info" else None)
 
     def do_POST(self):
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))

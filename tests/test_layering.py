@@ -76,7 +76,7 @@ def test_core_imports_only_core_dependencies() -> None:
         "manifest.py": {"pyarrow", "filelock"},
         **{
             name: {"pyarrow"}
-            for name in ("sources.py", "rows.py", "plan.py", "outputs.py", "workers.py")
+            for name in ("sources.py", "rows.py", "plan.py", "types.py", "outputs.py", "workers.py")
         },
     }
     # each of these is named after what it brings
