@@ -523,7 +523,9 @@ class Server(ThreadingHTTPServer):
 
 class Answer(BaseHTTPRequestHandler):
     def do_GET(self):
-        self._send({"max_client_batch_size": 4, "model_dtype": "float32"} if self.path == "/info" else None)
+        self._send(
+            {"max_client_batch_size": 4, "model_dtype": "float32"} if self.path == "/info" else None
+        )
 
     def do_POST(self):
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
