@@ -425,8 +425,8 @@ def test_smoke_run_on_a_cpu(bench_cpu, tmp_path, capsys):
     width, ffn_width = 96, 192
     matrices = 4 * 4 * width**2 + 2 * 2 * width * ffn_width + 2 * (8 + 16 * ffn_width) * width
     # all of them at most, and at least those of two experts of eight
-    words = reading[0]["gb_per_s"] * reading[0]["median_ms"] * 1e6 / 4
-    assert matrices - 2 * 6 * 2 * ffn_width * width < words + 2 <= matrices + 2
+    words = round(reading[0]["gb_per_s"] * reading[0]["median_ms"] * 1e6 / 4)
+    assert matrices - 2 * 6 * 2 * ffn_width * width < words <= matrices
     assert bench_cpu.main(["--smoke", "--memory", f"--output={tmp_path}"]) == 0
     rows = json.loads(next(tmp_path.glob("*-memory-smoke.json")).read_text())["rows"]
     assert [row["name"] for row in rows[:2]] == ["nomoe, float32", "nomoe, bfloat16"]

@@ -63,9 +63,12 @@ def test_options(tiny_folder: Path) -> None:
     assert model.max_seq_length == 9
     assert model[0].auto_model.dtype == torch.bfloat16
     encoder = Encoder.from_pretrained(tiny_folder, device="cpu", dtype="bfloat16", **options)
-    expected = encoder.encode_query(TEXTS, normalize_embeddings=False)
-    assert expected.shape == (40, 24)
-    np.testing.assert_allclose(model.encode_query(TEXTS), expected, atol=5e-3)
+    # the same products, of the same rows: in 16 bits others send a text near a tie elsewhere
+    encoder.model.packs_matrices = False  # type: ignore[misc]
+    for text in TEXTS:
+        expected = encoder.encode_query(text, normalize_embeddings=False)
+        assert expected.shape == (24,)
+        np.testing.assert_allclose(model.encode_query(text), expected, atol=5e-3)
     triton = nomoe.sentence_transformer(tiny_folder, device="cpu", backend="triton")
     assert triton[0].auto_model.backend.name == "triton"
 
