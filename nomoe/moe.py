@@ -186,8 +186,7 @@ def _triton_obstacle(
     return None
 
 
-# whoever lays weights out, or gives them back, does so alone; a forward under way in another thread
-# goes on with what it finds, which is one or the other
+# whoever lays weights out, gives them back or looks which they are does so alone
 LAYING_OUT = threading.RLock()
 
 
@@ -241,6 +240,16 @@ class Packable(nn.Module):
                     view.copy_(cpu.unpack_weight(matrix))
                 parameter.data = dense
             self.packed = None
+
+    def snapshot(self) -> tuple[dict[str, list[Tensor]] | None, dict[str, Tensor]]:
+        """The packed matrices, or None and the parameters' numbers.
+
+        Both stay what they are while another thread packs or unpacks.
+        """
+        with LAYING_OUT:
+            if self.packed is not None:
+                return self.packed, {}
+            return None, {name: self.get_parameter(name).detach() for name in self.packable}
 
     def train(self, mode: bool = True) -> Self:
         """Set the mode; training needs the parameters."""
@@ -334,11 +343,9 @@ class Linear(nn.Linear, Packable):
         """Apply the layer, (T, O)."""
         weight_OI: Tensor = self.weight
         if ops is cpu:
-            # in this order: another thread may lay the matrix out, or give it back, in between
-            weight_OI = weight_OI.detach()
-            packed = self.packed
+            packed, plain = self.snapshot()
             if packed is None:
-                ops = reference
+                ops, weight_OI = reference, plain["weight"]
             else:
                 [weight_OI] = packed["weight"]
         return ops.linear(x_TI, weight_OI, self.bias, gelu=gelu)
@@ -386,13 +393,12 @@ class MoE(nn.Module):
         w2: Any = mlp.w2
         packed = None
         if ops is cpu:
-            # in this order, as in `Linear`
-            w1, w2 = w1.detach(), w2.detach()
-            packed = mlp.packed
-        if packed is not None:
-            w1, w2 = packed["w1"], packed["w2"]
-        else:
-            ops = reference if ops is cpu else ops
+            packed, plain = mlp.snapshot()
+            if packed is None:
+                ops, w1, w2 = reference, plain["w1"], plain["w2"]
+            else:
+                w1, w2 = packed["w1"], packed["w2"]
+        if packed is None:
             # applied as x @ w1[e].T and h @ w2[e]: w1 is viewed transposed, w2 as stored
             w1 = w1.unflatten(0, (self.num_experts, -1)).transpose(1, 2)
             w2 = w2.unflatten(0, (self.num_experts, -1))

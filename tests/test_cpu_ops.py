@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
+from typing import Any
 
 import pytest
 import torch
@@ -95,7 +96,8 @@ def test_attention(lengths: list[int], dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("tokens", "experts", "top_k", "normalize"),
-    [(37, 8, 2, False), (1, 4, 3, True), (0, 8, 1, False)],
+    # of the third, both experts have more rows than oneDNN is shown exactly
+    [(37, 8, 2, False), (1, 4, 3, True), (700, 3, 2, False), (0, 8, 1, False)],
 )
 def test_moe_block(
     tokens: int, experts: int, top_k: int, normalize: bool, dtype: torch.dtype
@@ -132,6 +134,27 @@ def test_moe_block(
     if tokens:
         assert not (experts_TK == 1).any()
         assert off(out_TD, exact_TD) < max(1.2 * off(expected[0], exact_TD), BOUNDS[dtype])
+
+
+def test_experts_show_onednn_few_numbers_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It compiles a product for each."""
+    D, shown = 32, []
+    linear = cpu.linear
+
+    def watched(x_TI: Tensor, *rest: Any, **options: Any) -> Tensor:
+        shown.append(len(x_TI))
+        return linear(x_TI, *rest, **options)
+
+    monkeypatch.setattr(cpu, "linear", watched)
+    norm = Norm(torch.ones(D), torch.zeros(D), 1e-5)
+    matrix = cpu.pack_weight(torch.eye(D))
+    moe = MoEWeights(torch.zeros(1, D), [matrix], [matrix], torch.zeros(D), 1, False)
+    for tokens in range(1, 1025):
+        x_TD = torch.zeros(tokens, D)
+        assert len(cpu.moe_block(x_TD, x_TD.clone(), norm, moe, norm)[0]) == tokens
+        assert tokens <= shown[-1] == shown[-2] <= tokens * 65 / 64
+    # all up to 128, and 64 in each octave after
+    assert len(set(shown)) == 128 + 3 * 64
 
 
 def test_a_torch_without_onednn_imports_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ overwrite the activations it is given.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import groupby
+from itertools import accumulate, groupby
 from typing import NamedTuple
 
 import torch
@@ -129,6 +129,16 @@ def _rotate_(x: Tensor, cos: Tensor, sin: Tensor) -> None:
     b.mul_(cos).add_(a_sin)
 
 
+def _round_up(rows: int) -> int:
+    """To one of 64 numbers in an octave.
+
+    oneDNN compiles a product for every number of rows it meets, which takes a millisecond, and
+    keeps the last thousand: rounded, an expert soon meets none that is new.
+    """
+    step = 2 ** max(0, rows.bit_length() - 7)
+    return -(-rows // step) * step
+
+
 def moe_block(
     x_TD: Tensor, y_TD: Tensor, norm: Norm, moe: MoEWeights, next_norm: Norm
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -146,14 +156,16 @@ def moe_block(
     experts_R = experts_TK.flatten()
     order_R = experts_R.argsort(stable=True)
     counts = experts_R.bincount(minlength=len(moe.w1_EDF)).tolist()
+    # a few rows more for the last expert to round up into
+    rows_RD = z_TD[F.pad(order_R // K, (0, R // 64))]
     # one expert at a time: the (rows, F) between its products stays in the cache
-    products = [
-        linear(linear(rows, w1_FD, None, gelu=True), w2_DF, None)
-        for rows, w1_FD, w2_DF in zip(
-            z_TD[order_R // K].split(counts), moe.w1_EDF, moe.w2_EFD, strict=True
-        )
-        if len(rows)
-    ]
+    products = []
+    for start, count, w1_FD, w2_DF in zip(
+        accumulate(counts[:-1], initial=0), counts, moe.w1_EDF, moe.w2_EFD, strict=True
+    ):
+        if count:
+            rows = rows_RD[start : start + _round_up(count)]
+            products.append(linear(linear(rows, w1_FD, None, gelu=True), w2_DF, None)[:count])
     # one row more for the bias, which every token adds to its own; float32 makes all float32
     products_RD = torch.cat([*products, moe.bias_D.float()[None]])
 
