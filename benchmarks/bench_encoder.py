@@ -43,7 +43,7 @@ from tqdm.auto import tqdm
 from nomoe import NomicMoEModel, synthetic
 from nomoe.checkpoint import TOKENIZER_FILE, load_tensors, locate
 from nomoe.engine import token_budget
-from nomoe.model import DTYPES, resolve_device
+from nomoe.model import DTYPES
 from nomoe.tokenizer import Tokenizer
 
 SEED = 0
@@ -120,7 +120,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--trust-remote-code", action="store_true", help="time the code the checkpoint names too"
     )
     args = script.parse(parser, arguments, counts=["scale"])
-    device = resolve_device(args.device)
+    device = args.device
     machine = report.machine_line(device)
     scale = args.scale or (1 if args.smoke else SCALES.get(device.type, 1))
 

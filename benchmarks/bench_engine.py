@@ -31,7 +31,7 @@ from tqdm.auto import tqdm
 from nomoe import Encoder, data, synthetic
 from nomoe.batching import make_batches
 from nomoe.engine import Engine, Pooling, token_budget
-from nomoe.model import DTYPES, resolve_device, resolve_dtype
+from nomoe.model import DTYPES, resolve_dtype
 
 SEED = 0
 # (texts, tokens of each)
@@ -172,7 +172,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--dtype", choices=DTYPES, help="by default the device's own")
     parser.add_argument("--corpus-repeats", type=int, default=3, help="timed passes of the corpus")
     args = script.parse(parser, arguments, counts=["corpus_repeats"])
-    device = resolve_device(args.device)
+    device = args.device
     dtype = resolve_dtype(args.dtype, device)
     dtype_name = next(name for name, one in DTYPES.items() if one == dtype)
     machine = report.machine_line(device)

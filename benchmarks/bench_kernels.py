@@ -32,7 +32,7 @@ from bench_moe import LAYERS, Ceiling, Work, copy_ceiling
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from nomoe.model import DTYPES, resolve_device
+from nomoe.model import DTYPES
 from nomoe_kernels import configs, reference
 from nomoe_kernels.configs import AttentionShape, AttentionTile, DenseShape, Tile
 from nomoe_kernels.reference import Norm, Pooling
@@ -276,6 +276,13 @@ def row_works(bench: Bench, tokens: int, kind: str) -> Iterator[tuple[Work, list
             return module.add_norm_route(x_TD, y_TD, norm, one, TOP_K)[0]
 
         title, moved = "residual, LayerNorm and route", tokens * (3 * D * item + TOP_K * 12)
+        if bench.fused is not None:
+            for one in layers:
+                found, expected = (
+                    module.add_norm_route(x_TD, y_TD, norm, one, TOP_K)[1:]
+                    for module in (bench.fused, reference)
+                )
+                bench_moe.check_routing(f"{title}, {tokens:,} tokens", found, expected)
     runs = {"torch": partial(run, reference)}
     if bench.fused is not None:
         runs["nomoe"] = partial(run, bench.fused)
@@ -364,7 +371,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--dtype", choices=DTYPES, default="float16")
     args = script.parse(parser, arguments, counts=["tokens"])
     tokens = tuple(args.tokens or (SMOKE_TOKENS if args.smoke else TOKENS))
-    device = resolve_device(args.device)
+    device = args.device
     if device.type == "cuda":
         # graphs are captured on the current device
         torch.cuda.set_device(device)

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from typing import NamedTuple
 
@@ -32,7 +32,7 @@ from harness import Case, Contender, Deviation
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from nomoe.model import DTYPES, resolve_device
+from nomoe.model import DTYPES
 from nomoe.moe import select_backend
 from nomoe_kernels import configs, reference
 
@@ -319,17 +319,22 @@ def kernel_works(tokens: int, layers: list[Layer], *, all_tiles: bool) -> list[W
         )
 
     norm = reference.Norm(torch.ones_like(layer.bias_D), layer.bias_D, 1e-5)
+    routed = (x_TD, layer.router_ED, TOP_K)
+    check_routing("route", fused.route(*routed), reference.route(*routed), ties=0)
+    normed = (x_TD, x_TD, norm, layer.router_ED, TOP_K)
+    found, expected = (module.add_norm_route(*normed)[1:] for module in (fused, reference))
+    check_routing("residual, LayerNorm and route", found, expected)
     works += [
         memory_work(
             "route",
-            lambda: fused.route(x_TD, layer.router_ED, TOP_K)[0],
-            lambda: reference.route(x_TD, layer.router_ED, TOP_K)[0],
+            lambda: fused.route(*routed)[0],
+            lambda: reference.route(*routed)[0],
             tokens * (D * item + TOP_K * 12),
         ),
         memory_work(
             "residual, LayerNorm and route",
-            lambda: fused.add_norm_route(x_TD, x_TD, norm, layer.router_ED, TOP_K)[0],
-            lambda: reference.add_norm_route(x_TD, x_TD, norm, layer.router_ED, TOP_K)[0],
+            lambda: fused.add_norm_route(*normed)[0],
+            lambda: reference.add_norm_route(*normed)[0],
             # both operands are the same tensor
             tokens * (2 * D * item + TOP_K * 12),
         ),
@@ -367,6 +372,33 @@ def exact_rows(
     return reference.grouped_gemm(
         rows_RI.float(), weight_EIO.float(), ends_E, gelu=gelu, row_weights_R=weights_R
     )
+
+
+def check_routing(
+    title: str, found: Sequence[Tensor], expected: Sequence[Tensor], ties: float = 1e-3
+) -> None:
+    """Compare weights and experts, which no timed output shows.
+
+    Both routes work in float32 on the same numbers, so that only tokens at a tie may differ.
+
+    Args:
+        title: Of the work.
+        found: weights_TK and experts_TK.
+        expected: The same of plain torch.
+        ties: Share of tokens that may take other experts.
+
+    Raises:
+        DisagreementError: They differ.
+    """
+    (weights_TK, experts_TK), (expected_TK, chosen_TK) = found, expected
+    differing = float((experts_TK != chosen_TK).any(dim=1).float().mean())
+    off = float((weights_TK - expected_TK).abs().max())
+    # written so that a NaN disagrees
+    if not (differing <= ties and off <= 1e-4):
+        raise harness.DisagreementError(
+            f"{title}: {differing:.2%} of the tokens take other experts, and weights are off by "
+            f"{off:.3g}"
+        )
 
 
 def products_ceiling(layer: Layer, rows: int, *, up: bool, down: bool) -> Ceiling:
@@ -449,7 +481,7 @@ def main(arguments: list[str] | None = None) -> int:
     tokens = args.tokens or (SMOKE_TOKENS if args.smoke else TOKENS)
     if args.tiles and not args.kernels:
         parser.error("--tiles goes with --kernels")
-    device = resolve_device(args.device)
+    device = args.device
     if device.type == "cuda":
         # graphs are captured on the current device
         torch.cuda.set_device(device)

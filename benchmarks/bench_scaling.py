@@ -33,7 +33,7 @@ from harness import Case, Contender
 from tqdm.auto import tqdm
 
 from nomoe import NomicMoEConfig, NomicMoEModel, data
-from nomoe.model import DTYPES, resolve_device
+from nomoe.model import DTYPES
 
 SEED = 0
 SWEEPS = ("length", "batch", "routing", "experts")
@@ -137,7 +137,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--sweep", nargs="+", choices=SWEEPS, default=list(SWEEPS))
     parser.add_argument("--tokens", type=int, help="tokens of a point; by default by device")
     args = script.parse(parser, arguments, counts=["tokens"])
-    device = resolve_device(args.device)
+    device = args.device
     machine = report.machine_line(device)
     config = NomicMoEConfig.from_json(
         (data.TINY if args.smoke else data.FULL_WIDTH) / "config.json"

@@ -20,7 +20,6 @@ import script
 
 from nomoe import Encoder, data, synthetic
 from nomoe.checkpoint import DEFAULT_REPO
-from nomoe.model import resolve_device
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -31,7 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--model", help=f"a folder or repository (default: {DEFAULT_REPO})")
     args = script.parse(parser, arguments)
-    machine = report.machine_line(resolve_device(args.device))
+    machine = report.machine_line(args.device)
     with tempfile.TemporaryDirectory() as temporary:
         model = args.model or DEFAULT_REPO
         weights = str(model)

@@ -227,35 +227,39 @@ def curve(sweep: str, cases: list[Record]) -> Picture:
 
 def roofline(cases: list[Record]) -> Picture:
     """Every kernel by its operations to a byte, below what the ceilings of the run allow."""
-    timed = [
-        (row["flop"], 1e6 * row.get("gb_per_s", 0) * row["median_ms"], row, "deviation" in row)
-        for case in cases
-        for row in case["contenders"]
-        if row.get("gb_per_s") or "deviation" not in row
-    ]  # fmt: skip
+    # work that counts operations and bytes, nomoe's and others' by kernel; and the ceilings
+    dots: dict[str, dict[bool, list[tuple[float, float]]]] = {}
+    ceilings = []
+    for case in cases:
+        kernel = case["title"].partition(",")[0]
+        for row in case["contenders"]:
+            moved = 1e6 * row.get("gb_per_s", 0) * row["median_ms"]
+            if "deviation" not in row:
+                ceilings.append((row["tflop_per_s"], moved, row.get("gb_per_s", 0)))
+            elif moved and row["flop"]:
+                ours = dots.setdefault(kernel, {True: [], False: []})[
+                    row["name"].startswith("nomoe")
+                ]
+                ours.append((row["flop"] / moved, row["tflop_per_s"]))
 
     def draw(axes: Axes) -> None:
-        compute = max(row["tflop_per_s"] for _, _, row, kernel in timed if not kernel)
+        compute = max(speed for speed, _, _ in ceilings)
         # what moves most is read from memory, and not from a cache
-        moving = [(moved, row) for _, moved, row, kernel in timed if not kernel and moved]
-        memory = max(moving, key=lambda one: one[0])[1]["gb_per_s"]
-        intensities = [flop / moved for flop, moved, _, kernel in timed if kernel and flop]
+        _, memory = max((moved, speed) for _, moved, speed in ceilings)
+        intensities = [x for both in dots.values() for some in both.values() for x, _ in some]
         ridge = 1e3 * compute / memory
         low, high = min(*intensities, ridge) / 2, 2 * max(*intensities, ridge)
         axes.plot(
             [low, ridge, high], [low * memory / 1e3, compute, compute], color="#999999",
             label=f"ceilings measured: {compute:.3g} TFLOP/s, {memory:,.0f} GB/s",
         )  # fmt: skip
-        names = list(
-            dict.fromkeys(row["name"] for flop, _, row, kernel in timed if kernel and flop)
-        )
-        for index, name in enumerate(names):
-            dots = [
-                (flop / moved, row["tflop_per_s"])
-                for flop, moved, row, kernel in timed
-                if kernel and flop and row["name"] == name
-            ]
-            axes.plot(*zip(*dots, strict=True), "o", color=colour(index), label=name)
+        for index, (kernel, both) in enumerate(dots.items()):
+            for is_ours, some in both.items():
+                if some:
+                    axes.plot(
+                        *zip(*some, strict=True), "o" if is_ours else "x", color=colour(index),
+                        label=f"{kernel}, {'nomoe' if is_ours else 'others'}",
+                    )  # fmt: skip
         axes.set_xscale("log")
         axes.set_yscale("log")
         axes.set_xlabel("operations to a byte")

@@ -12,6 +12,8 @@ import report
 import torch
 from harness import DisagreementError
 
+from nomoe.model import resolve_device
+
 
 def parser(
     description: str,
@@ -44,7 +46,7 @@ def parser(
 def parse(
     made: argparse.ArgumentParser, arguments: Sequence[str], counts: Sequence[str] = ()
 ) -> argparse.Namespace:
-    """Parse, refuse counts below one, and set the number of threads.
+    """Parse, refuse counts below one, find the device, and set the number of threads.
 
     Args:
         made: What `parser` made, with what the script added.
@@ -57,6 +59,11 @@ def parse(
         least = min(value) if isinstance(value, list) else value
         if least is not None and least < 1:
             made.error(f"--{name.replace('_', '-')} is {least}, expected at least 1")
+    if hasattr(args, "device"):
+        try:
+            args.device = resolve_device(args.device)
+        except (ValueError, RuntimeError) as error:
+            made.error(str(error))
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     return args

@@ -673,6 +673,29 @@ def test_a_wrong_kernel_leaves_no_speed(bench_kernels, tmp_path, monkeypatch, ca
     assert not list(tmp_path.iterdir())
 
 
+def test_wrong_experts_leave_no_speed(bench_kernels, tmp_path, monkeypatch, capsys):
+    """The timed output is the norm's, which they do not change."""
+    from nomoe_kernels import fused
+
+    right = fused.add_norm_route
+
+    def swapped(*given):
+        normed_TD, weights_TK, experts_TK = right(*given)
+        return normed_TD, weights_TK, experts_TK.flip(1)
+
+    monkeypatch.setattr(fused, "add_norm_route", swapped)
+    arguments = [*SMOKE_OF_KERNELS, "--only=route", f"--output={tmp_path}"]
+    assert bench_kernels.main(arguments) == 1
+    assert "100.00% of the tokens take other experts" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_unknown_device_is_named(bench_encoder, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        bench_encoder.main(["--smoke", "--device=abacus"])
+    assert "device is 'abacus'" in capsys.readouterr().err
+
+
 def test_attention_is_compared_where_it_rotates(bench_kernels, tmp_path, monkeypatch, capsys):
     """Positions are 0 while time is taken: a form that rotates nothing would pass there."""
     monkeypatch.setattr(bench_kernels.harness, "measure", lambda *_, **__: pytest.fail("timed"))

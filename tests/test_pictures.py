@@ -68,9 +68,12 @@ def result(benchmark, *cases):
             [("tokens of each text, as many in all", "16", "32"), ("experts",)],
         ),
         (
-            result("bench_moe", {"title": "x", "tokens": 9, "contenders": rows(up=3.0, down=4.0)}),
+            result("bench_moe", *(
+                {"title": f"{kernel}, 9 tokens", "tokens": 9, "contenders": made}
+                for kernel, made in (("up", rows(nomoe_x=3.0, torch=4.0)), ("down", rows(torch=2.0)))
+            )),
             ["roofline"],
-            [("9 TFLOP/s, 99 GB/s", "up", "down")],
+            [("9 TFLOP/s, 99 GB/s", "up, nomoe", "up, others", "down, others")],
         ),
     ],
     ids=["encoder", "scaling", "moe"],
