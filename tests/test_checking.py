@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -63,6 +64,22 @@ def test_check_finds_what_is_missing(tiny_folder: Path) -> None:
         nomoe.check(model)
     experts.w2 = nn.Parameter(w2[:-1])
     with pytest.raises(ValueError, match=r"w2: shape \[1535, 96\], expected \[1536, 96\]"):
+        nomoe.check(model)
+
+
+def test_check_sees_through_adapters(tiny_folder: Path) -> None:
+    """PEFT's `modules_to_save` keeps a module beside its copy, and LoRA keeps it as base_layer."""
+    model = HFNomicMoEModel.from_pretrained(tiny_folder)
+    moe = model.encoder.layers[3].mlp
+    attention = model.encoder.layers[3].attn
+    original, copied = moe.router, nn.ModuleDict({"default": copy.deepcopy(moe.router)})
+    moe.router = nn.ModuleDict({"original_module": original, "modules_to_save": copied})
+    attention.Wqkv = nn.ModuleDict({"base_layer": attention.Wqkv})
+    nomoe.check(model)
+    original.layer.weight = None
+    with pytest.raises(
+        ValueError, match=r"lacks 1 of .*layers\.3\.mlp\.router\.layer\.weight: miss"
+    ):
         nomoe.check(model)
 
 

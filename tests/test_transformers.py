@@ -241,6 +241,46 @@ def test_dense_stays_native(trust: bool | None, with_code: bool, tmp_path: Path)
 
 
 @pytest.mark.usefixtures("registered")
+@pytest.mark.parametrize("experts", [0, False])
+def test_dense_may_say_that_it_has_no_experts(experts: int, tmp_path: Path) -> None:
+    folder = write_dense(tmp_path / "dense", with_code=False)
+    change_config(folder, num_experts=experts, moe_top_k=0)
+    assert type(AutoModel.from_pretrained(folder)) is transformers.NomicBertModel
+
+
+@pytest.mark.parametrize("trust", [None, True])
+def test_a_config_read_before_registering_gives_no_dense_model(
+    trust: bool | None, tiny_folder: Path, tmp_path: Path
+) -> None:
+    folder = native_can_load(tiny_folder, tmp_path / "moe")
+    early = AutoConfig.from_pretrained(folder)
+    assert type(early) is transformers.NomicBertConfig
+    nomoe.register()
+    try:
+        with pytest.raises(ValueError, match=r"has 8 experts, and .* read it again"):
+            AutoModel.from_pretrained(folder, config=early, trust_remote_code=trust)
+        with pytest.raises(ValueError, match=r"has 8 experts, and .* read it again"):
+            AutoModel.from_config(early)
+    finally:
+        nomoe.unregister()
+
+
+@pytest.mark.usefixtures("registered")
+def test_a_config_is_made_of_settings_that_name_experts(tiny_folder: Path) -> None:
+    settings = json.loads((tiny_folder / "config.json").read_text())
+    assert settings.pop("model_type") == "nomic_bert"
+    config = AutoConfig.for_model("nomic_bert", **settings)
+    assert (config.num_experts, config.hidden_size) == (8, 96)
+    assert type(AutoModel.from_config(config)) is HFNomicMoEModel
+    for given in ({}, {"hidden_size": 32}, settings | {"num_experts": 0}):
+        with pytest.raises(ValueError, match=r"num_experts is absent or 0.*NomicBertConfig"):
+            AutoConfig.for_model("nomic_bert", **given)
+    # these make one without calling it
+    assert pickle.loads(pickle.dumps(config)).to_dict() == config.to_dict()
+    assert copy.deepcopy(config).to_diff_dict() == config.to_diff_dict()
+
+
+@pytest.mark.usefixtures("registered")
 def test_dense_with_code_is_refused_or_native(tmp_path: Path) -> None:
     folder = write_dense(tmp_path / "code", with_code=True)
     for auto in (AutoModel, transformers.AutoModelForMaskedLM):
@@ -467,6 +507,7 @@ def test_outputs(tiny_folder: Path) -> None:
         ({"input_ids": None}, "input_ids is missing"),
         ({"input_ids": None, "inputs_embeds": torch.zeros(1, 3, 96)}, "inputs_embeds is not supp"),
         ({"output_attentions": True}, "output_attentions is not supported"),
+        ({"head_mask": torch.ones(12)}, "head_mask is not supported"),
         ({"attention_mask": torch.full((1, 3), 2)}, "other than 0 and 1"),
         ({"token_type_ids": torch.ones(1, 3, dtype=torch.int64)}, "token_type_ids"),
     ],
@@ -475,6 +516,16 @@ def test_bad_calls(options: dict[str, Any], message: str, tiny_folder: Path) -> 
     model = HFNomicMoEModel.from_pretrained(tiny_folder)
     with pytest.raises(ValueError, match=message):
         model(**{"input_ids": torch.tensor([[0, 5, 2]]), **options})
+
+
+def test_what_is_not_supported_may_be_none(tiny_folder: Path) -> None:
+    model = HFNomicMoEModel.from_pretrained(tiny_folder)
+    names = ("position_ids", "inputs_embeds", "head_mask", "output_attentions")
+    inputs = batch(tiny_folder)
+    with torch.no_grad():
+        assert torch.equal(model(**inputs, **dict.fromkeys(names))[0], model(**inputs)[0])
+    with pytest.raises(TypeError, match="labels"):
+        model(**inputs, labels=None)
 
 
 def test_what_it_cannot_do_is_an_error(tiny_folder: Path, tmp_path: Path) -> None:

@@ -130,7 +130,9 @@ def _shapes(owner: nn.Module) -> Iterator[tuple[str, torch.Size]]:
         for name, parameter in part._parameters.items():
             if parameter is not None:
                 whole = f"{path}.{name}" if path else name
-                yield whole.replace(".base_layer.", "."), parameter.shape
+                for around in (".base_layer.", ".original_module."):
+                    whole = whole.replace(around, ".")
+                yield whole, parameter.shape
 
 
 def _check_prompts(model: Any) -> None:

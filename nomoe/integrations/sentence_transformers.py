@@ -96,7 +96,8 @@ def sentence_transformer(
             str(folder),
             device=str(device),
             prompts=settings.prompts,
-            truncate_dim=truncate_dim,
+            # sentence-transformers 5.3 does not read the repository's
+            truncate_dim=settings.truncate_dim if truncate_dim is None else truncate_dim,
             local_files_only=True,
             model_kwargs=model_options,
         )

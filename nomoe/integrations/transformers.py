@@ -52,9 +52,17 @@ class HFNomicMoEConfig(PretrainedConfig):
 
     transformers' names for sizes (`hidden_size`, ...) are aliases. Saved, it names the class and
     the code that the published one names, so that other programs read the result.
+
+    Args:
+        values: The settings; none has a published default, and `num_experts` must be among them.
+
+    Raises:
+        ValueError: No experts.
     """
 
     model_type = MODEL_TYPE
+    # some versions of transformers would make an empty one to compare with
+    has_no_defaults_at_init = True
     attribute_map: ClassVar[dict[str, str]] = {
         "hidden_size": "n_embd",
         "num_attention_heads": "n_head",
@@ -71,6 +79,14 @@ class HFNomicMoEConfig(PretrainedConfig):
     head_width = NomicMoEConfig.head_width
     is_moe_layer = NomicMoEConfig.is_moe_layer
     moe_layers = NomicMoEConfig.moe_layers
+
+    def __init__(self, **values: Any) -> None:
+        if not values.get("num_experts"):
+            raise ValueError(
+                "num_experts is absent or 0: give the settings of a mixture of experts, as its "
+                "config.json has them, or make a transformers.NomicBertConfig for a dense model"
+            )
+        super().__init__(**values)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -210,6 +226,7 @@ class HFNomicMoEModel(NomicMoEModel, PreTrainedModel):
         output_hidden_states: bool | None = None,
         output_routing: bool = False,
         return_dict: bool | None = None,
+        head_mask: Tensor | None = None,
     ) -> HFNomicMoEOutput | tuple[Any, ...]:
         """Encode a padded batch; padding is taken out inside.
 
@@ -223,6 +240,7 @@ class HFNomicMoEModel(NomicMoEModel, PreTrainedModel):
             output_hidden_states: Return the hidden states after the embedding norm and each layer.
             output_routing: Return the router's choice in each MoE layer.
             return_dict: False gives a tuple.
+            head_mask: Refused: no head is left out.
 
         Returns:
             Hidden states (B, L, D), zeros at padding.
@@ -231,7 +249,12 @@ class HFNomicMoEModel(NomicMoEModel, PreTrainedModel):
             ValueError: One of those refused, or as `NomicMoEModel.forward`.
             RuntimeError: Training on the triton backend, which has no backward pass.
         """
-        refused = {"position_ids": position_ids, "inputs_embeds": inputs_embeds}
+        # by name, for **others in the signature has Trainer hand over what it keeps back otherwise
+        refused = {
+            "position_ids": position_ids,
+            "inputs_embeds": inputs_embeds,
+            "head_mask": head_mask,
+        }
         for name, given in refused.items():
             if given is not None:
                 raise ValueError(f"{name} is not supported: the model takes ids and their mask")
@@ -325,6 +348,7 @@ class _Dense:
     def from_pretrained(
         cls, name: Any, *arguments: Any, config: Any, trust_remote_code: Any = None, **options: Any
     ) -> Any:
+        cls._refuse_experts(config)
         if trust_remote_code and cls.auto in (getattr(config, "auto_map", None) or {}):
             raise RuntimeError(
                 f"{name} is a dense nomic_bert with code of its own. While nomoe is registered, "
@@ -336,7 +360,17 @@ class _Dense:
 
     @classmethod
     def _from_config(cls, config: Any, **options: Any) -> Any:
+        cls._refuse_experts(config)
         return cls.native._from_config(config, **options)
+
+    @staticmethod
+    def _refuse_experts(config: Any) -> None:
+        experts = getattr(config, "num_experts", None)
+        if experts:
+            raise ValueError(
+                f"the config has {experts} experts, and is of transformers' dense class: it was "
+                "read before nomoe.register(); read it again"
+            )
 
 
 def register() -> None:
