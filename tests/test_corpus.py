@@ -7,6 +7,7 @@ import inspect
 import json
 import logging
 import os
+import sys
 import time
 from collections.abc import Sequence
 from decimal import Decimal
@@ -24,7 +25,7 @@ from nomoe.corpus.plan import make_plan
 from nomoe.corpus.request import make_request
 from nomoe.corpus.rows import Place, read_blocks
 from nomoe.corpus.shards import ShardReader
-from nomoe.corpus.sources import find_sources
+from nomoe.corpus.sources import find_sources, look_again
 
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
@@ -276,6 +277,35 @@ def test_files_come_in_one_order_however_they_are_named(tmp_path: Path) -> None:
 
 
 def test_lines_from_a_uri(tmp_path: Path, model: dict[str, Any]) -> None:
+@pytest.mark.parametrize("form", ["file://{}", "file://{}/in.jsonl", "file://{}/*.jsonl"])
+def test_options_of_a_uri_are_its_file_systems(
+    tmp_path: Path, form: str, model: dict[str, Any]
+) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    write(folder / "in.jsonl", make_rows(3))
+    uri = form.format(folder)
+    (source,) = find_sources(f"{uri}?use_mmap=true")
+    assert source.path == f"file://{folder}/in.jsonl?use_mmap=true"
+    assert look_again(source) == source
+    (block,) = read_blocks(source, "text")
+    assert block.texts == make_texts(3)
+    with pytest.raises(ValueError, match="named twice"):
+        find_sources([folder / "in.jsonl", f"{uri}?use_mmap=true"])
+    if not uri.endswith("in.jsonl"):
+        with pytest.raises(ValueError, match="inside the input"):
+            embed_corpus(f"{uri}?use_mmap=true", folder / "out.jsonl", **model)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names are Unicode there")
+def test_names_that_are_not_utf8_are_refused(tmp_path: Path) -> None:
+    with open(os.fsencode(tmp_path) + b"/\xff.txt", "wb") as file:
+        file.write(b"text\n")
+    for given in (tmp_path, f"{tmp_path}/*.txt", f"file://{tmp_path}", f"file://{tmp_path}/*.txt"):
+        with pytest.raises(ValueError, match="a name that is not UTF-8; rename the file"):
+            find_sources(given)
+
+
     for suffix in (".jsonl", ".csv"):
         source = write(tmp_path / f"in{suffix}", make_rows(70))
         out = tmp_path / suffix[1:]
