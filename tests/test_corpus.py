@@ -1099,3 +1099,31 @@ def test_progress_is_logged_nowhere_and_cuts_once(
     assert "of 50 texts were longer than max_seq_length=10 tokens and were cut" in (
         warnings_of_nomoe.text
     )
+def test_an_estimate_reads_few_long_texts_and_leaves_out_what_is_done(
+    tmp_path: Path, model: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = make_rows(400)
+    source, out = write(tmp_path / "in.jsonl", rows), tmp_path / "out"
+    options = {"shard_rows": 100, **model}
+    monkeypatch.setattr("nomoe.corpus.estimate._SAMPLE_BYTES", 100)
+    part = estimate_corpus(source, out, **options)
+    size = sum(len(row["text"].encode()) for row in rows)
+    assert 0 < part.sampled * size / 400 < size / 2
+    assert part.left == 400
+
+    embed_corpus(source, out, **options)
+    for index in (0, 2):
+        (out / f"part-{index:06d}.parquet").unlink()
+    again = estimate_corpus(source, out, **model)
+    assert (again.rows, again.left, again.shards) == (400, 200, 4)
+    expected = again.tokens / 2 / again.tokens_per_s
+    assert again.seconds == pytest.approx(expected)
+    assert "for 200 rows that are left" in "\n".join(again.lines())
+    embed_corpus(source, out, **model)
+    done = estimate_corpus(source, out, **model)
+    assert (done.left, done.seconds) == (0, 0)
+    assert "an earlier run has embedded every row" in "\n".join(done.lines())
+    with pytest.raises(ValueError, match="dim was 96 and is now 64"):
+        estimate_corpus(source, out, dim=64, **model)
+
+
