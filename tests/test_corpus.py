@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tokenizers
 
 from nomoe import Encoder, data, embed_corpus
 from nomoe.corpus import estimate_corpus
@@ -276,7 +277,6 @@ def test_files_come_in_one_order_however_they_are_named(tmp_path: Path) -> None:
         assert [os.path.relpath(path, tmp_path) for path in paths] == ["a/x.txt", "a.txt", "b.txt"]
 
 
-def test_lines_from_a_uri(tmp_path: Path, model: dict[str, Any]) -> None:
 @pytest.mark.parametrize("form", ["file://{}", "file://{}/in.jsonl", "file://{}/*.jsonl"])
 def test_options_of_a_uri_are_its_file_systems(
     tmp_path: Path, form: str, model: dict[str, Any]
@@ -306,6 +306,7 @@ def test_names_that_are_not_utf8_are_refused(tmp_path: Path) -> None:
             find_sources(given)
 
 
+def test_lines_from_a_uri(tmp_path: Path, model: dict[str, Any]) -> None:
     for suffix in (".jsonl", ".csv"):
         source = write(tmp_path / f"in{suffix}", make_rows(70))
         out = tmp_path / suffix[1:]
@@ -766,6 +767,67 @@ def test_a_huge_text_is_cut_without_a_change(shallow_folder: Path) -> None:
     assert sorted(position for position, _ in found.cut) == [p for p, _ in expected.cut]
 
 
+@pytest.mark.parametrize("normalizer", [None, tokenizers.normalizers.NFKC()])
+def test_texts_without_spaces_are_cut_without_a_change(
+    shallow_folder: Path, normalizer: Any
+) -> None:
+    """Against the whole text's ids, for a vocabulary in which pieces overlap at random."""
+    tokenize = WindowTokenizer(resolve_settings(shallow_folder, device="cpu", max_seq_length=8))
+    generator = np.random.default_rng(0)
+    han, kana, thai = "的一是不了人我在有他", "あいうえおがぱー", "กขคงจา่"
+    others = ["abcXé", "한국어", "。，！", "葛\U000e0100か\u3099", "\u0301\u200d", "\n\t\u3000"]
+    pieces = {"".join(generator.choice(list(han), size)) for size in (1, 2, 2, 3, 4, 6) * 4}
+    pieces |= {kana[0:2], thai[1:3], "人a", "。的", "い的"}
+    special = [(name, 0.0) for name in ("<s>", "<pad>", "</s>", "<unk>", "▁")]
+    scored = [(piece, -float(generator.uniform(1, 9))) for piece in sorted(pieces)]
+    backend = tokenize._tokenizer.backend
+    backend.model = tokenizers.models.Unigram(special + scored, unk_id=3, byte_fallback=False)
+    if normalizer is not None:
+        backend.normalizer = normalizer
+    fewer = 0
+    for script in (han, han[:4], han + kana, han + thai, han + "".join(others), kana, thai):
+        texts = ["".join(generator.choice(list(script), 1200)) for _ in range(40)]
+        prompted = [f"search_document: {text}" for text in texts]
+        expected = tokenize._tokenizer(prompted, 8)
+        found = tokenize(texts)
+        assert found.ids == expected.ids
+        assert sorted(p for p, _ in found.cut) == [p for p, _ in expected.cut]
+        fewer += sum(dict(found.cut)[p] < length for p, length in expected.cut)
+    # and most were indeed cut before they were tokenised
+    assert fewer > 100
+
+
+def test_jsonl_has_null_where_json_has_no_number(tmp_path: Path, model: dict[str, Any]) -> None:
+    source = tmp_path / "in.jsonl"
+    source.write_text(
+        '{"text": "a", "x": NaN, "y": [1.5, {"z": -Infinity}], "s": "\\ud800"}\n'
+        '{"text": "b", "x": 2.5, "y": [Infinity], "s": "NaN"}\n'
+    )
+
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} is not JSON")
+
+    embed_corpus(source, tmp_path / "out.jsonl", **model)
+    lines = (tmp_path / "out.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line, parse_constant=refuse) for line in lines]
+    assert [(row["x"], row["y"], row["s"]) for row in rows] == [
+        (None, [1.5, {"z": None}], "\ud800"),
+        (2.5, [None], "NaN"),
+    ]
+
+
+def test_text_files_have_one_column_and_a_mark_is_no_line(
+    tmp_path: Path, model: dict[str, Any]
+) -> None:
+    source = tmp_path / "in.txt"
+    source.write_bytes(b"\xef\xbb\xbf")
+    assert embed_corpus(source, tmp_path / "out.npy", **model).rows == 0
+    source.write_bytes(b"\xef\xbb\xbf\nb\n")
+    assert [block.texts for block in read_blocks(find_sources(source)[0], "text")] == [["", "b"]]
+    with pytest.raises(ValueError, match=r"no column 'body'; a \.txt file has one, 'text'"):
+        embed_corpus(source, tmp_path / "out", column="body", **model)
+
+
 # --- what decides a run ---
 
 
@@ -1090,15 +1152,6 @@ def test_estimates_say_what_they_rest_on(
     assert f"estimated from {part.sampled:,} texts" in "\n".join(part.lines())
 
 
-def test_progress_is_logged_nowhere_and_cuts_once(
-    tmp_path: Path, model: dict[str, Any], warnings_of_nomoe: pytest.LogCaptureFixture
-) -> None:
-    source = write(tmp_path / "in.jsonl", make_rows(50))
-    embed_corpus(source, tmp_path / "out", shard_rows=10, max_seq_length=10, **model)
-    assert [record.levelno for record in warnings_of_nomoe.records] == [logging.WARNING]
-    assert "of 50 texts were longer than max_seq_length=10 tokens and were cut" in (
-        warnings_of_nomoe.text
-    )
 def test_an_estimate_reads_few_long_texts_and_leaves_out_what_is_done(
     tmp_path: Path, model: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1127,3 +1180,12 @@ def test_an_estimate_reads_few_long_texts_and_leaves_out_what_is_done(
         estimate_corpus(source, out, dim=64, **model)
 
 
+def test_progress_is_logged_nowhere_and_cuts_once(
+    tmp_path: Path, model: dict[str, Any], warnings_of_nomoe: pytest.LogCaptureFixture
+) -> None:
+    source = write(tmp_path / "in.jsonl", make_rows(50))
+    embed_corpus(source, tmp_path / "out", shard_rows=10, max_seq_length=10, **model)
+    assert [record.levelno for record in warnings_of_nomoe.records] == [logging.WARNING]
+    assert "of 50 texts were longer than max_seq_length=10 tokens and were cut" in (
+        warnings_of_nomoe.text
+    )
