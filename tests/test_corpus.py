@@ -7,6 +7,7 @@ import inspect
 import json
 import logging
 import os
+import sys
 import time
 from collections.abc import Sequence
 from decimal import Decimal
@@ -15,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tokenizers
 
 from nomoe import Encoder, data, embed_corpus
 from nomoe.corpus import estimate_corpus
@@ -24,7 +26,7 @@ from nomoe.corpus.plan import make_plan
 from nomoe.corpus.request import make_request
 from nomoe.corpus.rows import Place, read_blocks
 from nomoe.corpus.shards import ShardReader
-from nomoe.corpus.sources import find_sources
+from nomoe.corpus.sources import find_sources, look_again
 
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
@@ -273,6 +275,35 @@ def test_files_come_in_one_order_however_they_are_named(tmp_path: Path) -> None:
     for given in (tmp_path, f"{tmp_path}/**/*.txt", tmp_path.as_uri()):
         paths = [one.path.removeprefix("file://") for one in find_sources(given)]
         assert [os.path.relpath(path, tmp_path) for path in paths] == ["a/x.txt", "a.txt", "b.txt"]
+
+
+@pytest.mark.parametrize("form", ["file://{}", "file://{}/in.jsonl", "file://{}/*.jsonl"])
+def test_options_of_a_uri_are_its_file_systems(
+    tmp_path: Path, form: str, model: dict[str, Any]
+) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    write(folder / "in.jsonl", make_rows(3))
+    uri = form.format(folder)
+    (source,) = find_sources(f"{uri}?use_mmap=true")
+    assert source.path == f"file://{folder}/in.jsonl?use_mmap=true"
+    assert look_again(source) == source
+    (block,) = read_blocks(source, "text")
+    assert block.texts == make_texts(3)
+    with pytest.raises(ValueError, match="named twice"):
+        find_sources([folder / "in.jsonl", f"{uri}?use_mmap=true"])
+    if not uri.endswith("in.jsonl"):
+        with pytest.raises(ValueError, match="inside the input"):
+            embed_corpus(f"{uri}?use_mmap=true", folder / "out.jsonl", **model)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names are Unicode there")
+def test_names_that_are_not_utf8_are_refused(tmp_path: Path) -> None:
+    with open(os.fsencode(tmp_path) + b"/\xff.txt", "wb") as file:
+        file.write(b"text\n")
+    for given in (tmp_path, f"{tmp_path}/*.txt", f"file://{tmp_path}", f"file://{tmp_path}/*.txt"):
+        with pytest.raises(ValueError, match="a name that is not UTF-8; rename the file"):
+            find_sources(given)
 
 
 def test_lines_from_a_uri(tmp_path: Path, model: dict[str, Any]) -> None:
@@ -736,6 +767,67 @@ def test_a_huge_text_is_cut_without_a_change(shallow_folder: Path) -> None:
     assert sorted(position for position, _ in found.cut) == [p for p, _ in expected.cut]
 
 
+@pytest.mark.parametrize("normalizer", [None, tokenizers.normalizers.NFKC()])
+def test_texts_without_spaces_are_cut_without_a_change(
+    shallow_folder: Path, normalizer: Any
+) -> None:
+    """Against the whole text's ids, for a vocabulary in which pieces overlap at random."""
+    tokenize = WindowTokenizer(resolve_settings(shallow_folder, device="cpu", max_seq_length=8))
+    generator = np.random.default_rng(0)
+    han, kana, thai = "的一是不了人我在有他", "あいうえおがぱー", "กขคงจา่"
+    others = ["abcXé", "한국어", "。，！", "葛\U000e0100か\u3099", "\u0301\u200d", "\n\t\u3000"]
+    pieces = {"".join(generator.choice(list(han), size)) for size in (1, 2, 2, 3, 4, 6) * 4}
+    pieces |= {kana[0:2], thai[1:3], "人a", "。的", "い的"}
+    special = [(name, 0.0) for name in ("<s>", "<pad>", "</s>", "<unk>", "▁")]
+    scored = [(piece, -float(generator.uniform(1, 9))) for piece in sorted(pieces)]
+    backend = tokenize._tokenizer.backend
+    backend.model = tokenizers.models.Unigram(special + scored, unk_id=3, byte_fallback=False)
+    if normalizer is not None:
+        backend.normalizer = normalizer
+    fewer = 0
+    for script in (han, han[:4], han + kana, han + thai, han + "".join(others), kana, thai):
+        texts = ["".join(generator.choice(list(script), 1200)) for _ in range(40)]
+        prompted = [f"search_document: {text}" for text in texts]
+        expected = tokenize._tokenizer(prompted, 8)
+        found = tokenize(texts)
+        assert found.ids == expected.ids
+        assert sorted(p for p, _ in found.cut) == [p for p, _ in expected.cut]
+        fewer += sum(dict(found.cut)[p] < length for p, length in expected.cut)
+    # and most were indeed cut before they were tokenised
+    assert fewer > 100
+
+
+def test_jsonl_has_null_where_json_has_no_number(tmp_path: Path, model: dict[str, Any]) -> None:
+    source = tmp_path / "in.jsonl"
+    source.write_text(
+        '{"text": "a", "x": NaN, "y": [1.5, {"z": -Infinity}], "s": "\\ud800"}\n'
+        '{"text": "b", "x": 2.5, "y": [Infinity], "s": "NaN"}\n'
+    )
+
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} is not JSON")
+
+    embed_corpus(source, tmp_path / "out.jsonl", **model)
+    lines = (tmp_path / "out.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line, parse_constant=refuse) for line in lines]
+    assert [(row["x"], row["y"], row["s"]) for row in rows] == [
+        (None, [1.5, {"z": None}], "\ud800"),
+        (2.5, [None], "NaN"),
+    ]
+
+
+def test_text_files_have_one_column_and_a_mark_is_no_line(
+    tmp_path: Path, model: dict[str, Any]
+) -> None:
+    source = tmp_path / "in.txt"
+    source.write_bytes(b"\xef\xbb\xbf")
+    assert embed_corpus(source, tmp_path / "out.npy", **model).rows == 0
+    source.write_bytes(b"\xef\xbb\xbf\nb\n")
+    assert [block.texts for block in read_blocks(find_sources(source)[0], "text")] == [["", "b"]]
+    with pytest.raises(ValueError, match=r"no column 'body'; a \.txt file has one, 'text'"):
+        embed_corpus(source, tmp_path / "out", column="body", **model)
+
+
 # --- what decides a run ---
 
 
@@ -1058,6 +1150,34 @@ def test_estimates_say_what_they_rest_on(
     assert 80 <= part.sampled < 399
     assert part.tokens == pytest.approx(report.tokens, rel=0.2)
     assert f"estimated from {part.sampled:,} texts" in "\n".join(part.lines())
+
+
+def test_an_estimate_reads_few_long_texts_and_leaves_out_what_is_done(
+    tmp_path: Path, model: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = make_rows(400)
+    source, out = write(tmp_path / "in.jsonl", rows), tmp_path / "out"
+    options = {"shard_rows": 100, **model}
+    monkeypatch.setattr("nomoe.corpus.estimate._SAMPLE_BYTES", 100)
+    part = estimate_corpus(source, out, **options)
+    size = sum(len(row["text"].encode()) for row in rows)
+    assert 0 < part.sampled * size / 400 < size / 2
+    assert part.left == 400
+
+    embed_corpus(source, out, **options)
+    for index in (0, 2):
+        (out / f"part-{index:06d}.parquet").unlink()
+    again = estimate_corpus(source, out, **model)
+    assert (again.rows, again.left, again.shards) == (400, 200, 4)
+    expected = again.tokens / 2 / again.tokens_per_s
+    assert again.seconds == pytest.approx(expected)
+    assert "for 200 rows that are left" in "\n".join(again.lines())
+    embed_corpus(source, out, **model)
+    done = estimate_corpus(source, out, **model)
+    assert (done.left, done.seconds) == (0, 0)
+    assert "an earlier run has embedded every row" in "\n".join(done.lines())
+    with pytest.raises(ValueError, match="dim was 96 and is now 64"):
+        estimate_corpus(source, out, dim=64, **model)
 
 
 def test_progress_is_logged_nowhere_and_cuts_once(

@@ -12,14 +12,17 @@ from typing import Unpack
 import numpy as np
 
 from .embedder import Embedder, WindowTokenizer
+from .manifest import check_same, check_same_input, finished_shards, read_manifest
 from .outputs import JsonlOutput, NpyOutput, Output, ParquetOutput
 from .plan import Plan
-from .request import Options, Request, default_shard_rows, make_request
+from .request import Options, Request, make_request
+from .run import settle
 from .shards import ShardReader, Window
 
-# texts that are tokenised, from so many places in the input, and for how long a part of them is
-# embedded
+# most texts that are tokenised and about the most bytes of them (a few seconds of a core), from so
+# many places in the input, and for how long a part of them is embedded
 _SAMPLE_TEXTS = 20_000
+_SAMPLE_BYTES = 8 << 20
 _SAMPLE_SHARDS = 50
 _SAMPLE_SECONDS = 5.0
 # small windows, lest a sample take in more than it should
@@ -41,8 +44,9 @@ class Estimate:
         timed_tokens: Tokens that were embedded to measure the speed.
         tokens_per_s: That speed, of one process here.
         workers: Processes that would run.
-        seconds: Time of the run if each were as fast; on a CPU, whose cores they share, as if one
-            ran.
+        left: Rows that no earlier run into the folder has embedded; counted.
+        seconds: Time of the run for those rows if each were as fast; on a CPU, whose cores they
+            share, as if one ran.
     """
 
     rows: int
@@ -55,6 +59,7 @@ class Estimate:
     timed_tokens: int
     tokens_per_s: float
     workers: int
+    left: int
     seconds: float
 
     def lines(self) -> Iterator[str]:
@@ -73,8 +78,13 @@ class Estimate:
             f"output   {_size(self.output_bytes)} in {self.shards:,} files (estimated from rows "
             "written here)"
         )
+        if not self.left:
+            yield "time     none: an earlier run has embedded every row"
+            return
         yield (
-            f"time     {_duration(self.seconds)} ({self.workers} at work, "
+            f"time     {_duration(self.seconds)} ("
+            + (f"for {self.left:,} rows that are left, " if self.left < self.rows else "")
+            + f"{self.workers} at work, "
             f"{self.tokens_per_s:,.0f} tokens/s measured here over {self.timed_tokens:,} tokens)"
         )
 
@@ -93,16 +103,27 @@ def estimate_corpus(
         **options: As for `embed_corpus`.
 
     Raises:
-        As `embed_corpus`.
+        FileNotFoundError, PermissionError, ConnectionError: Input or checkpoint cannot be had.
+        ValueError: An argument is wrong, a row or file is bad, or the folder was begun with other
+            settings or another input.
+        ImportError: pyarrow is needed and not installed.
+        RuntimeError: The backend or device cannot run, or the input changed meanwhile.
     """
     request = make_request(inputs, output, **options)
-    request = replace(request, shard_rows=request.shard_rows or default_shard_rows(request))
+    begun = read_manifest(request.output) if request.is_folder else None
+    request = settle(request, begun)
+    if begun is not None:
+        check_same(begun, request.describe(), request.output)
     plan = request.plan()
-    sample = _sample(plan)
-    texts = [text for window in sample for text in window.texts]
+    left = plan.rows
+    if begun is not None:
+        check_same_input(begun.plan, plan, request.output)
+        finished = finished_shards(request.output, replace(begun, plan=plan))
+        left -= sum(plan.shards[index].rows for index in finished)
+    texts, output_bytes = _write_sample(request, plan)
     lengths = [len(ids) for ids in WindowTokenizer(request.settings)(texts).ids]
-    timed, rate = _measure(request, texts) if texts else (0, 0.0)
     tokens = sum(lengths)
+    timed, rate = _measure(request, texts, tokens) if left else (0, 0.0)
     if len(texts) < plan.rows:
         # a text that is cut gives its longest, however many bytes it has
         tokens = round(tokens * plan.rows / len(texts))
@@ -115,40 +136,41 @@ def estimate_corpus(
         shards=len(plan.shards) if request.is_folder else 1,
         tokens=tokens,
         sampled=len(texts),
-        output_bytes=_output_bytes(request, plan, sample),
+        output_bytes=output_bytes,
         timed_tokens=timed,
         tokens_per_s=rate,
         workers=len(request.devices),
-        seconds=tokens / speed if speed else 0.0,
+        left=left,
+        seconds=tokens * left / plan.rows / speed if left else 0.0,
     )
 
 
-def _sample(plan: Plan) -> list[Window]:
+def _sample(plan: Plan) -> Iterator[Window]:
     """Read the first rows of shards that lie evenly in the input; all rows of a small one."""
-    if not plan.rows:
-        return []
-    count = min(_SAMPLE_SHARDS, len(plan.shards))
+    # as many of each shard, decided before any is read, lest long texts count for less
+    most = min(_SAMPLE_TEXTS, max(1, _SAMPLE_BYTES * plan.rows // max(1, plan.bytes)))
+    count = min(_SAMPLE_SHARDS, len(plan.shards), most)
     chosen = sorted({int(place) for place in np.linspace(0, len(plan.shards) - 1, count)})
-    each = -(-_SAMPLE_TEXTS // len(chosen))
+    each = -(-most // len(chosen))
     reader = ShardReader(plan)
-    sample = []
     for shard in chosen:
         left = each
         for window in reader.windows(shard, _SAMPLE_WINDOW_TOKENS):
-            sample.append(window)
+            yield window
             left -= len(window.texts)
             if left <= 0:
                 break
-    return sample
 
 
-def _measure(request: Request, texts: list[str]) -> tuple[int, float]:
+def _measure(request: Request, texts: list[str], tokens_of_all: int) -> tuple[int, float]:
     """Embed texts for some seconds; tokens, and tokens per second."""
     embedder = Embedder(request.settings, request.devices[0])
-    # texts of all places in each batch, and the first batch only warms up
+    # texts of all places in each window, and the first only warms up; a window of more than a
+    # batch would run long past the end on a CPU
     generator = np.random.default_rng(0)
     order = generator.permutation(len(texts)).tolist()
-    window = max(1, len(texts) // 50)
+    batch = request.settings.batch_tokens * len(texts) // max(1, tokens_of_all)
+    window = max(1, min(len(texts) // 50, batch))
     tokens: list[int] = []
     windows = (
         [texts[position] for position in order[start : start + window]]
@@ -166,12 +188,16 @@ def _measure(request: Request, texts: list[str]) -> tuple[int, float]:
     return sum(tokens) - first, (sum(tokens) - first) / (time.perf_counter() - start)
 
 
-def _output_bytes(request: Request, plan: Plan, sample: Sequence[Window]) -> int:
-    """Size of the output, from that of the sample's rows with vectors that compress as little."""
+def _write_sample(request: Request, plan: Plan) -> tuple[list[str], int]:
+    """Write a sample with vectors that compress as little; its columns are not held.
+
+    Returns:
+        The texts of the sample, and the size of the whole output by its size.
+    """
     settings = request.settings
-    rows = sum(len(window.texts) for window in sample)
-    if not rows:
-        return 0
+    texts: list[str] = []
+    if not plan.rows:
+        return texts, 0
     generator = np.random.default_rng(0)
     with tempfile.TemporaryDirectory(prefix="nomoe-estimate-") as folder:
         path = Path(folder) / f"sample{request.output.suffix or '.parquet'}"
@@ -185,7 +211,8 @@ def _output_bytes(request: Request, plan: Plan, sample: Sequence[Window]) -> int
             output = ParquetOutput(
                 path, plan.schema, settings.stored_dim, settings.stored_dtype, {}
             )
-        for window in sample:
+        for window in _sample(plan):
+            texts += window.texts
             size = (len(window.texts), settings.stored_dim)
             if settings.stored_dtype.kind == "f":
                 vectors = (generator.standard_normal(size) / size[1] ** 0.5).astype(
@@ -195,7 +222,7 @@ def _output_bytes(request: Request, plan: Plan, sample: Sequence[Window]) -> int
                 vectors = generator.integers(-128, 128, size).astype(settings.stored_dtype)
             output.add(window.rows, window.columns, vectors)
         output.commit()
-        return round(path.stat().st_size * plan.rows / rows)
+        return texts, round(path.stat().st_size * plan.rows / len(texts))
 
 
 def _list(bad: dict[str, int]) -> str:

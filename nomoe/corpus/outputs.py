@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -219,10 +220,21 @@ def _numbers(vector: Vectors) -> list[Any]:
 
 def _json_line(columns: Mapping[str, Any]) -> bytes:
     try:
-        return json.dumps(columns, ensure_ascii=False).encode() + b"\n"
+        return json.dumps(columns, ensure_ascii=False, allow_nan=False).encode() + b"\n"
     except UnicodeEncodeError:
         # a lone surrogate in a column that passes through has no UTF-8, only an escape
-        return json.dumps(columns).encode() + b"\n"
+        return json.dumps(_finite(columns)).encode() + b"\n"
+    except ValueError:
+        return _json_line(_finite(columns))
+
+
+def _finite(value: Any) -> Any:
+    """Put null in the place of NaN and infinities, which JSON has not."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {name: _finite(one) for name, one in value.items()}
+    return [_finite(one) for one in value] if isinstance(value, list | tuple) else value
 
 
 def as_arrays(part: Columns, schema: pa.Schema) -> list[pa.Array]:

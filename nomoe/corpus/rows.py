@@ -78,6 +78,8 @@ def read_blocks(
     """
     if source.format in ARROW_FORMATS:
         return _arrow_blocks(source, column, columns, place.row)
+    if source.format == "text" and column != "text":
+        raise ValueError(f"{source.path} has no column {column!r}; a .txt file has one, 'text'")
     return _line_blocks(source, column, columns, place, digest)
 
 
@@ -118,6 +120,9 @@ class _Lines:
         if self.end == 0:
             line, skipped = line.removeprefix(_BYTE_ORDER_MARK), len(line)
             self.end = skipped
+            if not line:
+                # a mark alone is no line
+                return next(self)
         else:
             self.end += len(line)
         if self.end - self.row_start > _LONGEST_ROW:

@@ -267,12 +267,7 @@ def begin(request: Request) -> tuple[Request, Manifest]:
     """
     folder = request.output
     begun = read_manifest(folder)
-    earlier = begun.settings if begun is not None else {}
-    shard_rows = request.shard_rows or earlier.get("shard_rows") or default_shard_rows(request)
-    settings = request.settings
-    if request.batch_tokens is None and "batch_tokens" in earlier:
-        settings = replace(settings, batch_tokens=earlier["batch_tokens"])
-    request = replace(request, shard_rows=shard_rows, settings=settings)
+    request = settle(request, begun)
     described = request.describe()
     if begun is None:
         manifest = Manifest(described, request.plan(), describe_origin(request))
@@ -287,6 +282,16 @@ def begin(request: Request) -> tuple[Request, Manifest]:
     manifest = replace(begun, plan=plan)
     manifest.write(folder)
     return request, manifest
+
+
+def settle(request: Request, begun: Manifest | None) -> Request:
+    """Settle what a request left open, by an earlier run's manifest if there is one."""
+    earlier = begun.settings if begun is not None else {}
+    shard_rows = request.shard_rows or earlier.get("shard_rows") or default_shard_rows(request)
+    settings = request.settings
+    if request.batch_tokens is None and "batch_tokens" in earlier:
+        settings = replace(settings, batch_tokens=earlier["batch_tokens"])
+    return replace(request, shard_rows=shard_rows, settings=settings)
 
 
 def _is_untouched(plan: Plan, sources: Sequence[Source]) -> bool:

@@ -30,6 +30,8 @@ FORMATS = {
 ARROW_FORMATS = ("parquet", "arrow")
 
 _MAGIC = re.compile(r"[*?\[]")
+# what pyarrow's file systems take after a path: "?region=us-east-1&scheme=http"
+_OPTIONS = re.compile(r"\?\w+=[^/?]*$")
 _COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".lz4")
 _BUFFER = 1 << 20
 
@@ -53,12 +55,13 @@ def find_sources(inputs: str | Path | Sequence[str | Path]) -> list[Source]:
             or "_"), a pattern with `*`, `?`, `[...]` or `**` (which pass over names that begin with
             "."), or a list of those. Files of a folder or pattern come sorted by path, folder by
             folder; links are followed, and a file that is met twice is taken once. Each may be a
-            URI that pyarrow opens, such as "s3://bucket/folder".
+            URI that pyarrow opens, such as "s3://bucket/folder", with the options of its file
+            system at the end ("?region=us-east-1").
 
     Raises:
         FileNotFoundError: There is no such file, or a folder or pattern has none.
-        ValueError: A suffix that is not known, a compressed file, files of several formats, or a
-            file named twice.
+        ValueError: A suffix that is not known, a compressed file, files of several formats, a file
+            named twice, or a name that is not UTF-8.
         ImportError: A URI or a format that needs pyarrow, which is not installed.
     """
     given = [inputs] if isinstance(inputs, str | Path) else list(inputs)
@@ -69,6 +72,8 @@ def find_sources(inputs: str | Path | Sequence[str | Path]) -> list[Source]:
         sources += _find_remote(str(one)) if "://" in str(one) else _find_local(str(one))
     seen = set()
     for source in sources:
+        if not _is_utf8(source.path):
+            raise ValueError(f"{source.path!r} is a name that is not UTF-8; rename the file")
         path = resolved(source.path)
         if path in seen:
             raise ValueError(f"{source.path} is named twice")
@@ -116,7 +121,7 @@ def look_again(source: Source) -> Source:
 def resolved(path: str) -> str:
     """Return one name for whatever names one file: of this machine the path without links."""
     if path.startswith("file://"):
-        path = unquote(path.removeprefix("file://"))
+        path = unquote(_OPTIONS.sub("", path).removeprefix("file://"))
     return path if "://" in path else str(Path(path).expanduser().resolve())
 
 
@@ -138,6 +143,8 @@ def takes_in(given: str, path: Path) -> bool:
     """
     if "://" in given and not given.startswith("file://"):
         return False
+    if "://" in given:
+        given = _OPTIONS.sub("", given)
     here = Path(given).expanduser()
     is_pattern = bool(_MAGIC.search(given)) and not here.exists()
     text = unquote(given) if "://" in given else here.as_posix()
@@ -241,27 +248,29 @@ def _find_remote(uri: str) -> list[Source]:
     from pyarrow import fs
 
     # what is listed of a pattern: the folder before its first wild card
-    root, magic = split_pattern(uri)
-    system, inside = _file_system(root.rstrip("/"))
+    bare = _OPTIONS.sub("", uri)
+    options = uri.removeprefix(bare)
+    root, magic = split_pattern(bare)
+    system, inside = _file_system(root.rstrip("/") + options)
     prefix = unquote(root.rstrip("/")).removesuffix(inside)
     info = system.get_file_info(inside)
     if info.type == fs.FileType.NotFound:
         raise FileNotFoundError(f"there is no file or folder {root}")
 
     def source(of: Any) -> Source:
-        path = prefix + quote(of.path, safe="/:=@+,")
+        path = prefix + quote(of.path, safe="/:=@+,") + options
         return Source(path, _format(Path(of.path)), of.size, of.mtime_ns or 0)
 
     if info.type == fs.FileType.File:
         return [_checked(source(info))]
-    below = [
-        one
-        for one in system.get_file_info(fs.FileSelector(inside, recursive=True))
-        if one.type == fs.FileType.File
-    ]
-    below.sort(key=lambda one: one.path.split("/"))
+    listed = system.get_file_info(fs.FileSelector(inside, recursive=True))
+    try:
+        below = [one for one in listed if one.type == fs.FileType.File]
+        below.sort(key=lambda one: one.path.split("/"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{root} holds a name that is not UTF-8; rename the file") from error
     if magic:
-        pattern = _glob_pattern(unquote(uri).removeprefix(prefix))
+        pattern = _glob_pattern(unquote(bare).removeprefix(prefix))
         sources = [_checked(source(one)) for one in below if pattern.fullmatch(one.path)]
         if not sources:
             raise FileNotFoundError(f"no file matches {uri!r}")
@@ -270,6 +279,14 @@ def _find_remote(uri: str) -> list[Source]:
     return _known(
         uri, [source(one) for one in below if not _is_hidden(one.path[start:].split("/"))]
     )
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def split_pattern(text: str) -> tuple[str, str]:

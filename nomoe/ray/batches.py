@@ -57,8 +57,10 @@ class TokenizeBatch:
             The same kind, with a column "input_ids" of lists.
 
         Raises:
-            ValueError: No such column, or a row without a text under "fail".
+            ValueError: No such column, one of the new column's name, or a row without a text under
+                "fail".
         """
+        _check_free(batch, TOKENS_COLUMN)
         if self._tokenize is None:
             # token ids do not depend on where the model runs
             options: ModelOptions = {**self._options, "device": "cpu"}
@@ -112,8 +114,10 @@ class EmbedBatch:
             The same kind with one more column: an (n, d) array, a fixed-size list, or arrays.
 
         Raises:
-            ValueError: No such column, or a row without a text under "fail".
+            ValueError: No such column, one of the new column's name, or a row without a text under
+                "fail".
         """
+        _check_free(batch, self._output_column)
         if self._embedder is None:
             settings = resolve_settings(self._model, **self._options)
             self._embedder = Embedder(settings, self._options.get("device"))
@@ -158,8 +162,19 @@ def _texts(batch: Any, column: str, on_bad: OnBad) -> tuple[Any, list[str]]:
     return batch, [value for value in values if isinstance(value, str)]
 
 
+def _names(batch: Any) -> list[Any]:
+    is_table = not isinstance(batch, dict) and not hasattr(batch, "iloc")
+    return list(batch.column_names if is_table else batch)
+
+
+def _check_free(batch: Any, name: str) -> None:
+    """Refuse a batch that has a column where another is to be."""
+    if name in _names(batch):
+        raise ValueError(f"the batch has a column {name!r} already; rename or drop it")
+
+
 def _column(batch: Any, name: str) -> list[Any]:
-    names = list(batch) if isinstance(batch, dict) or hasattr(batch, "iloc") else batch.column_names
+    names = _names(batch)
     if name not in names:
         raise ValueError(f"the batch has no column {name!r}; it has {', '.join(map(str, names))}")
     column = batch[name]

@@ -195,6 +195,21 @@ def test_batches_of_every_kind(shallow_folder: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["numpy", "arrow", "pandas"])
+def test_a_column_is_not_overwritten(tmp_path: Path, kind: str) -> None:
+    table = pa.table({"text": ["a"], "embedding": [1], "input_ids": [2]})
+    batch: Any = {
+        "numpy": {name: np.array(table[name].to_pylist()) for name in table.column_names},
+        "arrow": table,
+        "pandas": table.to_pandas(),
+    }[kind]
+    # before any work: there is no model
+    with pytest.raises(ValueError, match="a column 'embedding' already"):
+        nomoe.ray.EmbedBatch(tmp_path)(batch)
+    with pytest.raises(ValueError, match="a column 'input_ids' already"):
+        nomoe.ray.TokenizeBatch(tmp_path)(batch)
+
+
+@pytest.mark.parametrize("kind", ["numpy", "arrow", "pandas"])
 def test_tokens_and_forwards_apart_give_the_same(shallow_folder: Path, kind: str) -> None:
     texts = ["The tide turns.", "Bread", "a b c d e f g h" * 300]
     table = pa.table({"text": texts, "id": range(3)})
