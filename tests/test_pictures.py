@@ -70,7 +70,7 @@ def result(benchmark, *cases):
         (
             result("bench_moe", *(
                 {"title": f"{kernel}, 9 tokens", "tokens": 9, "contenders": made}
-                for kernel, made in (("up", rows(nomoe_x=3.0, torch=4.0)), ("down", rows(torch=2.0)))
+                for kernel, made in (("up", rows(nomoe_x=3, torch=4)), ("down", rows(torch=2)))
             )),
             ["roofline"],
             [("9 TFLOP/s, 99 GB/s", "up, nomoe", "up, others", "down, others")],
