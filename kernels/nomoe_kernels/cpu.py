@@ -135,7 +135,7 @@ def _round_up(rows: int) -> int:
     oneDNN compiles a product for every number of rows it meets, which takes a millisecond, and
     keeps the last thousand: rounded, an expert soon meets none that is new.
     """
-    step = 2 ** max(0, rows.bit_length() - 7)
+    step = 1 << max(0, rows.bit_length() - 7)
     return -(-rows // step) * step
 
 
