@@ -303,10 +303,10 @@ def shorten(title: str) -> str:
 
 
 def legend(axes: Axes) -> None:
-    """Below the drawing, where it hides nothing."""
+    """Above the drawing, where it hides nothing, not even the machine below."""
     figure = axes.figure
     assert isinstance(figure, Figure)
-    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8)
+    figure.legend(loc="outside upper center", ncols=3, frameon=False, fontsize=8)
 
 
 def write(path: Path, picture: Picture, record: Record, theme: str) -> None:
