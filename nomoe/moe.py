@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import threading
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
@@ -188,6 +189,13 @@ def _triton_obstacle(
 
 # whoever lays weights out, gives them back or looks which they are does so alone
 LAYING_OUT = threading.RLock()
+if hasattr(os, "register_at_fork"):
+    # a child that is forked while another thread holds it would wait for ever
+    os.register_at_fork(
+        before=LAYING_OUT.acquire,
+        after_in_parent=LAYING_OUT.release,
+        after_in_child=LAYING_OUT.release,
+    )
 
 
 class Packable(nn.Module):
@@ -250,6 +258,19 @@ class Packable(nn.Module):
             if self.packed is not None:
                 return self.packed, {}
             return None, {name: self.get_parameter(name).detach() for name in self.packable}
+
+    def parameters_now(self) -> dict[str, Tensor]:
+        """Views of the parameters, with their gradients, that keep their numbers.
+
+        Another thread may pack between this and their use, and between a forward and its backward.
+        """
+        parameters = {name: self.get_parameter(name) for name in self.packable}
+        is_safe = not torch.is_grad_enabled() or torch.compiler.is_compiling()
+        if is_safe or any(one.device.type != "cpu" for one in parameters.values()):
+            return parameters
+        with LAYING_OUT:
+            self.unpack()
+            return {name: one.view_as(one) for name, one in parameters.items()}
 
     def train(self, mode: bool = True) -> Self:
         """Set the mode; training needs the parameters."""
@@ -341,13 +362,14 @@ class Linear(nn.Linear, Packable):
         self, x_TI: Tensor, ops: Ops, *, gelu: bool = False
     ) -> Tensor:
         """Apply the layer, (T, O)."""
-        weight_OI: Tensor = self.weight
         if ops is cpu:
             packed, plain = self.snapshot()
             if packed is None:
                 ops, weight_OI = reference, plain["weight"]
             else:
                 [weight_OI] = packed["weight"]
+        else:
+            weight_OI = self.parameters_now()["weight"]
         return ops.linear(x_TI, weight_OI, self.bias, gelu=gelu)
 
 
@@ -389,16 +411,17 @@ class MoE(nn.Module):
             experts_TK: The experts they belong to.
         """
         mlp = self.experts.mlp
-        w1: Any = mlp.w1
-        w2: Any = mlp.w2
-        packed = None
+        w1: Any
+        w2: Any
         if ops is cpu:
             packed, plain = mlp.snapshot()
-            if packed is None:
-                ops, w1, w2 = reference, plain["w1"], plain["w2"]
-            else:
-                w1, w2 = packed["w1"], packed["w2"]
-        if packed is None:
+            ops = ops if packed is not None else reference
+        else:
+            packed, plain = None, mlp.parameters_now()
+        if packed is not None:
+            w1, w2 = packed["w1"], packed["w2"]
+        else:
+            w1, w2 = plain["w1"], plain["w2"]
             # applied as x @ w1[e].T and h @ w2[e]: w1 is viewed transposed, w2 as stored
             w1 = w1.unflatten(0, (self.num_experts, -1)).transpose(1, 2)
             w2 = w2.unflatten(0, (self.num_experts, -1))

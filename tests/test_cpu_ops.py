@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import copy
 import importlib
+import multiprocessing
+import os
 import pickle
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
@@ -17,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nomoe import NomicMoEModel, data
-from nomoe.moe import Linear, MoE, Packable
+from nomoe.moe import LAYING_OUT, Linear, MoE, Packable
 from nomoe_kernels import cpu, reference
 from nomoe_kernels.reference import MoEWeights, Norm
 
@@ -96,7 +99,7 @@ def test_attention(lengths: list[int], dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("tokens", "experts", "top_k", "normalize"),
-    # of the third, both experts have more rows than oneDNN is shown exactly
+    # of the third, two experts have more rows than oneDNN is shown exactly, and one has none
     [(37, 8, 2, False), (1, 4, 3, True), (700, 3, 2, False), (0, 8, 1, False)],
 )
 def test_moe_block(
@@ -363,6 +366,56 @@ def test_a_thread_may_ask_while_another_embeds(model: NomicMoEModel) -> None:
             done.set()
         counting.result()
     assert torch.equal(embed(model), before)
+
+
+def test_a_thread_may_ask_for_gradients_while_another_embeds(model: NomicMoEModel) -> None:
+    """Of a model in eval mode, which the other packs at every turn."""
+    ids_T = torch.arange(5, 12)
+
+    def run() -> tuple[Tensor, Tensor]:
+        model.zero_grad()
+        out_TD = model.forward_packed(ids_T, [7]).last_hidden_state
+        out_TD.pow(3).sum().backward()
+        gradients = [one.grad for one in model.parameters() if one.grad is not None]
+        return out_TD.detach(), torch.cat([one.flatten() for one in gradients])
+
+    expected = run()
+    done = threading.Event()
+
+    def work() -> None:
+        while not done.is_set():
+            embed(model)
+
+    with ThreadPoolExecutor(1) as pool:
+        working = pool.submit(work)
+        try:
+            for _ in range(30):
+                torch.testing.assert_close(run(), expected, atol=1e-5, rtol=1e-5)
+        finally:
+            done.set()
+        working.result()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+def test_a_fork_waits_for_the_lock() -> None:
+    """Or its child would wait for a thread that it does not have."""
+    held = threading.Event()
+
+    def hold() -> None:
+        with LAYING_OUT:
+            held.set()
+            time.sleep(0.2)
+
+    with ThreadPoolExecutor(1) as pool:
+        holding = pool.submit(hold)
+        held.wait()
+        child = multiprocessing.get_context("fork").Process(target=LAYING_OUT.acquire)
+        child.start()
+        child.join(10)
+        ended = child.exitcode
+        child.kill()
+        holding.result()
+    assert ended == 0
 
 
 def test_threads_may_share_a_model(checkpoint: dict[str, Tensor], model: NomicMoEModel) -> None:

@@ -170,7 +170,7 @@ def _measure(request: Request, texts: list[str], tokens_of_all: int) -> tuple[in
     generator = np.random.default_rng(0)
     order = generator.permutation(len(texts)).tolist()
     batch = request.settings.batch_tokens * len(texts) // max(1, tokens_of_all)
-    window = max(1, min(len(texts) // 50, batch))
+    window = max(1, min(len(texts) // 2, batch))
     tokens: list[int] = []
     windows = (
         [texts[position] for position in order[start : start + window]]

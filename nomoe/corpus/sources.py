@@ -31,7 +31,7 @@ ARROW_FORMATS = ("parquet", "arrow")
 
 _MAGIC = re.compile(r"[*?\[]")
 # what pyarrow's file systems take after a path: "?region=us-east-1&scheme=http"
-_OPTIONS = re.compile(r"\?\w+=[^/?]*$")
+_OPTIONS = re.compile(r"\?\w+=[^/?*]*$")
 _COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".lz4")
 _BUFFER = 1 << 20
 
@@ -255,7 +255,8 @@ def _find_remote(uri: str) -> list[Source]:
     prefix = unquote(root.rstrip("/")).removesuffix(inside)
     info = system.get_file_info(inside)
     if info.type == fs.FileType.NotFound:
-        raise FileNotFoundError(f"there is no file or folder {root}")
+        hint = "; a question mark of a name is %3F" if options else ""
+        raise FileNotFoundError(f"there is no file or folder {root}{hint}")
 
     def source(of: Any) -> Source:
         path = prefix + quote(of.path, safe="/:=@+,") + options

@@ -368,8 +368,9 @@ class _Dense:
         experts = getattr(config, "num_experts", None)
         if experts:
             raise ValueError(
-                f"the config has {experts} experts, and is of transformers' dense class: it was "
-                "read before nomoe.register(); read it again"
+                f"the config has {experts} experts, and is of transformers' dense class: either it "
+                "was read before nomoe.register(), then read it again, or num_experts was passed "
+                "for a dense checkpoint"
             )
 
 
