@@ -147,7 +147,9 @@ def draw_model(
         if isinstance(module, MoE)
     ]
     with torch.no_grad():
-        model.forward_packed(torch.tensor(list(chain.from_iterable(texts))), lengths)
+        # in training mode nothing is laid out for a CPU: the hooks see these tokens and no others
+        model.train().forward_packed(torch.tensor(list(chain.from_iterable(texts))), lengths)
+        model.eval()
     for handle in handles:
         handle.remove()
     return model

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nomoe_kernels import cpu
+
 from . import opaque
 from .checkpoint import CONFIG_FILE, DEFAULT_REPO, load_tensors, locate
 from .config import NomicMoEConfig
@@ -555,6 +557,12 @@ class NomicMoEModel(nn.Module):
         ops: Ops | None = None,
     ) -> NomicMoEOutput:
         ops = self._lay_out() if ops is None else ops
+        tokens = len(ids_T)
+        if ops is cpu and (more := cpu.round_up(tokens) - tokens):
+            # one text more, for a number of rows that oneDNN has met; it is cut off in the end
+            ids_T = F.pad(ids_T, (0, more))
+            positions_T = torch.cat([positions_T, torch.arange(more)])
+            lengths = [*lengths, more]
         packing = ops.pack(
             lengths,
             positions_T,
@@ -564,16 +572,17 @@ class NomicMoEModel(nn.Module):
             self.dtype,
         )
         x_TD = self.embeddings(ids_T.long(), self.emb_ln, ops)
-        hidden = [x_TD]
+        hidden = [x_TD[:tokens]]
         routings = []
         for layer in self.encoder.layers:
             x_TD, routing = layer(x_TD, packing, ops)
             if output_hidden_states:
-                hidden.append(x_TD)
+                hidden.append(x_TD[:tokens])
             if routing is not None and output_routing:
-                routings.append(routing)
+                weights_TK, experts_TK = routing
+                routings.append((weights_TK[:tokens], experts_TK[:tokens]))
         return NomicMoEOutput(
-            last_hidden_state=x_TD,
+            last_hidden_state=x_TD[:tokens],
             hidden_states=tuple(hidden) if output_hidden_states else None,
             router_weights=tuple(weights for weights, _ in routings) if output_routing else None,
             router_experts=tuple(experts for _, experts in routings) if output_routing else None,

@@ -264,7 +264,7 @@ class Packable(nn.Module):
 
         Another thread may pack between this and their use, and between a forward and its backward.
         """
-        parameters = {name: self.get_parameter(name) for name in self.packable}
+        parameters: dict[str, Tensor] = {name: self.get_parameter(name) for name in self.packable}
         is_safe = not torch.is_grad_enabled() or torch.compiler.is_compiling()
         if is_safe or any(one.device.type != "cpu" for one in parameters.values()):
             return parameters

@@ -275,6 +275,8 @@ def _calibrate_routers(model: NomicMoEModel, tokenizer: tokenizers.Tokenizer) ->
         for layer in model.config.moe_layers
     ]
     ids = torch.tensor([one for row in rows for one in row])
-    model.forward_packed(ids, [len(row) for row in rows])
+    # in training mode nothing is laid out for a CPU: the hooks see these tokens and no others
+    model.train().forward_packed(ids, [len(row) for row in rows])
+    model.eval()
     for handle in handles:
         handle.remove()

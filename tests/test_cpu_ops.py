@@ -448,3 +448,34 @@ def test_dtypes_it_lacks_run_as_they_did() -> None:
     exact = embed(model)
     torch.testing.assert_close(embed(model.float()).double(), exact, atol=1e-5, rtol=0)
     assert packed(model)
+
+
+def test_a_batch_shows_onednn_few_numbers_of_rows(
+    model: NomicMoEModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what it is rounded up by is in no output."""
+    shown = []
+    linear = cpu.linear
+
+    def watched(x_TI: Tensor, *rest: Any, **options: Any) -> Tensor:
+        shown.append(len(x_TI))
+        return linear(x_TI, *rest, **options)
+
+    monkeypatch.setattr(cpu, "linear", watched)
+    plain = NomicMoEModel.from_pretrained(data.TINY, device="cpu")
+    plain.packs_matrices = False  # type: ignore[misc]
+    for lengths in ([100, 29], [3], [130, 127, 1]):
+        ids_T = torch.arange(sum(lengths)) % 500
+        options = {"output_hidden_states": True, "output_routing": True}
+        with torch.no_grad():
+            ours, theirs = (one.forward_packed(ids_T, lengths, **options) for one in (model, plain))
+        assert torch.equal(ours.last_hidden_state, ours.hidden_states[-1])
+        for mine, other in zip(ours.hidden_states, theirs.hidden_states, strict=True):
+            torch.testing.assert_close(mine, other, atol=1e-5, rtol=0)
+        for mine, other in zip(ours.router_weights, theirs.router_weights, strict=True):
+            torch.testing.assert_close(mine, other, atol=1e-5, rtol=0)
+        for mine, other in zip(ours.router_experts, theirs.router_experts, strict=True):
+            assert torch.equal(mine, other)
+    # 258 takes 260, and 129 takes 130
+    assert {130, 3, 260} <= set(shown)
+    assert not {129, 258} & set(shown)

@@ -26,6 +26,7 @@ __all__ = [
     "pack",
     "pack_weight",
     "pool",
+    "round_up",
     "supports",
     "unpack_weight",
 ]
@@ -129,11 +130,11 @@ def _rotate_(x: Tensor, cos: Tensor, sin: Tensor) -> None:
     b.mul_(cos).add_(a_sin)
 
 
-def _round_up(rows: int) -> int:
-    """To one of 64 numbers in an octave.
+def round_up(rows: int) -> int:
+    """Round a number of rows up to one of 64 in an octave; up to 128 it stays.
 
-    oneDNN compiles a product for every number of rows it meets, which takes a millisecond, and
-    keeps the last thousand: rounded, an expert soon meets none that is new.
+    oneDNN compiles a product for every number it meets, which takes a millisecond, and keeps the
+    last thousand, which takes most of a gigabyte: of rounded ones it soon has all.
     """
     step = 1 << max(0, rows.bit_length() - 7)
     return -(-rows // step) * step
@@ -164,7 +165,7 @@ def moe_block(
         accumulate(counts[:-1], initial=0), counts, moe.w1_EDF, moe.w2_EFD, strict=True
     ):
         if count:
-            rows = rows_RD[start : start + _round_up(count)]
+            rows = rows_RD[start : start + round_up(count)]
             products.append(linear(linear(rows, w1_FD, None, gelu=True), w2_DF, None)[:count])
     # one row more for the bias, which every token adds to its own; float32 makes all float32
     products_RD = torch.cat([*products, moe.bias_D.float()[None]])
