@@ -33,6 +33,8 @@ __all__ = [
 
 # oneDNN lays a matrix out by the rows it expects; one layout serves a query and a batch alike
 _ROWS_EXPECTED = 1024
+# of one expert
+_ROWS_AT_ONCE = 512
 
 
 def supports(dtype: torch.dtype) -> bool:
@@ -130,13 +132,17 @@ def _rotate_(x: Tensor, cos: Tensor, sin: Tensor) -> None:
     b.mul_(cos).add_(a_sin)
 
 
-def round_up(rows: int) -> int:
-    """Round a number of rows up to one of 64 in an octave; up to 128 it stays.
+def round_up(rows: int, sizes: int = 64) -> int:
+    """Round a number of rows up to one of so many in an octave; up to twice that it stays.
 
-    oneDNN compiles a product for every number it meets, which takes a millisecond, and keeps the
-    last thousand, which takes most of a gigabyte: of rounded ones it soon has all.
+    oneDNN compiles a product for every number it meets, which takes a millisecond and two thirds of
+    a megabyte, and keeps the last thousand: of rounded ones it soon has all.
+
+    Args:
+        rows: How many there are.
+        sizes: How many an octave has, a power of two.
     """
-    step = 1 << max(0, rows.bit_length() - 7)
+    step = 1 << max(0, rows.bit_length() - sizes.bit_length())
     return -(-rows // step) * step
 
 
@@ -158,15 +164,17 @@ def moe_block(
     order_R = experts_R.argsort(stable=True)
     counts = experts_R.bincount(minlength=len(moe.w1_EDF)).tolist()
     # a few rows more for the last expert to round up into
-    rows_RD = z_TD[F.pad(order_R // K, (0, R // 64))]
-    # one expert at a time: the (rows, F) between its products stays in the cache
+    rows_RD = z_TD[F.pad(order_R // K, (0, min(R, _ROWS_AT_ONCE) // 16))]
+    # one expert at a time, some rows at a time: the (rows, F) between its products stays in the
+    # cache, and oneDNN meets few numbers of rows
     products = []
     for start, count, w1_FD, w2_DF in zip(
         accumulate(counts[:-1], initial=0), counts, moe.w1_EDF, moe.w2_EFD, strict=True
     ):
-        if count:
-            rows = rows_RD[start : start + round_up(count)]
-            products.append(linear(linear(rows, w1_FD, None, gelu=True), w2_DF, None)[:count])
+        for done in range(0, count, _ROWS_AT_ONCE):
+            some = min(count - done, _ROWS_AT_ONCE)
+            rows = rows_RD[start + done :][: round_up(some, 16)]
+            products.append(linear(linear(rows, w1_FD, None, gelu=True), w2_DF, None)[:some])
     # one row more for the bias, which every token adds to its own; float32 makes all float32
     products_RD = torch.cat([*products, moe.bias_D.float()[None]])
 
