@@ -16,8 +16,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nomoe_kernels import cpu
-
 from . import opaque
 from .checkpoint import CONFIG_FILE, DEFAULT_REPO, load_tensors, locate
 from .config import NomicMoEConfig
@@ -31,6 +29,7 @@ from .moe import (
     Packable,
     TableOps,
     cpu_ops,
+    rows_wanted,
     select_backend,
 )
 
@@ -558,8 +557,8 @@ class NomicMoEModel(nn.Module):
     ) -> NomicMoEOutput:
         ops = self._lay_out() if ops is None else ops
         tokens = len(ids_T)
-        if ops is cpu and (more := cpu.round_up(tokens) - tokens):
-            # one text more, for a number of rows that oneDNN has met; it is cut off in the end
+        if more := rows_wanted(ops, tokens) - tokens:
+            # one text more, which is cut off in the end
             ids_T = F.pad(ids_T, (0, more))
             positions_T = torch.cat([positions_T, torch.arange(more)])
             lengths = [*lengths, more]

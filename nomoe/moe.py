@@ -110,6 +110,14 @@ def cpu_ops(dtype: torch.dtype) -> Ops | None:
     return cpu if cpu.supports(dtype) else None
 
 
+def rows_wanted(ops: Ops | TableOps, tokens: int) -> int:
+    """Rows that kernels want a batch of so many tokens to have: as many, but for those of a CPU.
+
+    oneDNN compiles a product for every number of rows it meets.
+    """
+    return cpu.round_up(tokens) if ops is cpu else tokens
+
+
 def select_backend(
     name: BackendName,
     device: torch.device,
