@@ -139,16 +139,23 @@ def test_moe_block(
         assert off(out_TD, exact_TD) < max(1.2 * off(expected[0], exact_TD), BOUNDS[dtype])
 
 
-def test_experts_show_onednn_few_numbers_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It compiles a product for each."""
-    D, shown, every = 32, [], set()
+@pytest.fixture
+def shown(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Rows of every product that oneDNN is given."""
+    rows: list[int] = []
     linear = cpu.linear
 
     def watched(x_TI: Tensor, *rest: Any, **options: Any) -> Tensor:
-        shown.append(len(x_TI))
+        rows.append(len(x_TI))
         return linear(x_TI, *rest, **options)
 
     monkeypatch.setattr(cpu, "linear", watched)
+    return rows
+
+
+def test_experts_show_onednn_few_numbers_of_rows(shown: list[int]) -> None:
+    """It compiles a product for each."""
+    D, every = 32, set()
     norm = Norm(torch.ones(D), torch.zeros(D), 1e-5)
     matrix = cpu.pack_weight(torch.eye(D))
     moe = MoEWeights(torch.zeros(1, D), [matrix], [matrix], torch.zeros(D), 1, False)
@@ -453,18 +460,8 @@ def test_dtypes_it_lacks_run_as_they_did() -> None:
     assert packed(model)
 
 
-def test_a_batch_shows_onednn_few_numbers_of_rows(
-    model: NomicMoEModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_batch_shows_onednn_few_numbers_of_rows(model: NomicMoEModel, shown: list[int]) -> None:
     """And what it is rounded up by is in no output."""
-    shown = []
-    linear = cpu.linear
-
-    def watched(x_TI: Tensor, *rest: Any, **options: Any) -> Tensor:
-        shown.append(len(x_TI))
-        return linear(x_TI, *rest, **options)
-
-    monkeypatch.setattr(cpu, "linear", watched)
     plain = NomicMoEModel.from_pretrained(data.TINY, device="cpu")
     plain.packs_matrices = False  # type: ignore[misc]
     for lengths in ([100, 29], [3], [130, 127, 1]):

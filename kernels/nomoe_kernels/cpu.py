@@ -33,7 +33,7 @@ __all__ = [
 
 # oneDNN lays a matrix out by the rows it expects; one layout serves a query and a batch alike
 _ROWS_EXPECTED = 1024
-# of one expert
+# rows of one expert that go through both of its products before the next ones do
 _ROWS_AT_ONCE = 512
 
 
