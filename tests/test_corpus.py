@@ -19,7 +19,7 @@ import pytest
 import tokenizers
 
 from nomoe import Encoder, data, embed_corpus
-from nomoe.corpus import estimate_corpus
+from nomoe.corpus import estimate, estimate_corpus
 from nomoe.corpus.embedder import WindowTokenizer, resolve_settings
 from nomoe.corpus.manifest import read_manifest, shard_metadata
 from nomoe.corpus.plan import make_plan
@@ -295,6 +295,16 @@ def test_options_of_a_uri_are_its_file_systems(
     if not uri.endswith("in.jsonl"):
         with pytest.raises(ValueError, match="inside the input"):
             embed_corpus(f"{uri}?use_mmap=true", folder / "out.jsonl", **model)
+
+
+def test_a_pattern_may_hold_what_looks_like_an_option(tmp_path: Path) -> None:
+    (tmp_path / "shard").mkdir()
+    write(tmp_path / "shard" / "in.jsonl", make_rows(3))
+    write(tmp_path / "shardXid=3.jsonl", make_rows(3))
+    (source,) = find_sources(f"file://{tmp_path}/shard?id=*.jsonl")
+    assert source.path == f"file://{tmp_path}/shardXid=3.jsonl"
+    with pytest.raises(FileNotFoundError, match="a question mark of a name is %3F"):
+        find_sources(f"file://{tmp_path}/q?id=3.jsonl")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="names are Unicode there")
@@ -1150,6 +1160,28 @@ def test_estimates_say_what_they_rest_on(
     assert 80 <= part.sampled < 399
     assert part.tokens == pytest.approx(report.tokens, rel=0.2)
     assert f"estimated from {part.sampled:,} texts" in "\n".join(part.lines())
+
+
+def test_an_estimate_times_whole_batches(
+    tmp_path: Path, model: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However few texts were drawn: parts of one would say that the device is slow."""
+    windows: list[int] = []
+
+    class Watched(estimate.Embedder):
+        def embed_texts(self, texts: Any, *rest: Any) -> Any:
+            def watch() -> Any:
+                for window in texts:
+                    windows.append(len(window))
+                    yield window
+
+            return super().embed_texts(watch(), *rest)
+
+    monkeypatch.setattr(estimate, "Embedder", Watched)
+    source = write(tmp_path / "in.jsonl", make_rows(40))
+    estimate_corpus(source, tmp_path / "out", batch_tokens=65_536, **model)
+    # all fit into one batch: half of them warm up
+    assert windows == [20, 20]
 
 
 def test_an_estimate_reads_few_long_texts_and_leaves_out_what_is_done(
