@@ -75,7 +75,7 @@ class Meter:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Measure a block."""
+        """Measure a block; the last sample is taken after it."""
         embed, stop = Engine.embed, threading.Event()
 
         def timed(*arguments: Any, **options: Any) -> Any:
@@ -85,7 +85,9 @@ class Meter:
             return pending
 
         def sample() -> None:
-            while not stop.wait(0.2):
+            stopped = False
+            while not stopped:
+                stopped = stop.wait(0.2)
                 self.memory.append((time.perf_counter(), resident_bytes()))
 
         Engine.embed = timed
@@ -112,7 +114,7 @@ def run_alone(inputs: Path, output: Path, options: dict[str, Any], pipe: Any) ->
     begin, processor = time.perf_counter(), time.process_time()
     with meter.running():
         report = embed_corpus(inputs, output, **options)
-    end = time.perf_counter()
+        end = time.perf_counter()
     # by rows done: shards appear at an even rate, and the reading before them is over
     started = end - report.seconds
     at = {

@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.util import find_spec
 from itertools import chain
@@ -804,6 +805,16 @@ def test_smoke_run_of_a_corpus(tmp_path):
     assert content["max_abs"] <= 2e-6
     overhead = (one["seconds"] - one["forward_s"]) / one["seconds"]
     assert f"Overhead {overhead:.1%} (at most 15%)" in done.stdout
+
+
+def test_memory_is_sampled_after_the_end_of_a_block(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    meter = importlib.import_module("bench_corpus").Meter()
+    with meter.running():
+        end = time.perf_counter()
+    when, size = meter.memory[-1]
+    assert when >= end
+    assert size > 0
 
 
 @pytest.mark.parametrize("mistake", ["vector", "row"])
