@@ -236,7 +236,7 @@ def report_memory(folder: Path, matrices: str) -> None:
                 "load_s": loaded - start,
                 "first_query_s": first - loaded,
                 "ready_mb": (ready - before) / 1e6,
-                "peak_mb": (peak.bytes - before) / 1e6,
+                "peak_mb": (max(peak.bytes, ready) - before) / 1e6,
             }
         )
     )

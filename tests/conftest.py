@@ -15,6 +15,7 @@ if not torch.cuda.is_available():
 
 from benchmarks.workload import write_shallow
 from nomoe import Encoder, NomicMoEModel, synthetic
+from nomoe.corpus import workers
 from nomoe.verify import full_width_model
 
 # the models here are tiny: threads gain nothing, and on a busy machine they wait for each other
@@ -29,6 +30,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(no_gpu)
         if "hub" in item.keywords and "hub" not in config.option.markexpr:
             item.add_marker(no_hub)
+
+
+@pytest.fixture(autouse=True)
+def two_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a corpus, on any machine: one process, or two of one thread each."""
+    monkeypatch.setattr(workers, "cores", lambda: 2)
 
 
 @pytest.fixture(scope="session")

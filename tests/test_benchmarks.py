@@ -22,6 +22,7 @@ import torch
 from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
 
+import nomoe
 from benchmarks import harness, peers, report, stock, workload
 from benchmarks.harness import Case, Contender, Deviation, DisagreementError
 from nomoe import NomicMoEConfig, NomicMoEModel, data, embed_corpus
@@ -39,7 +40,9 @@ BOUND = Deviation(cosine_distance=1e-8, max_abs=1e-4)
 def bench_encoder(monkeypatch):
     """The script as a module; it finds its siblings beside it, as when it is run."""
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    return importlib.import_module("bench_encoder")
+    yield importlib.import_module("bench_encoder")
+    # one of its contenders registers
+    nomoe.unregister()
 
 
 @pytest.fixture(scope="module")
@@ -560,6 +563,7 @@ def test_a_server_is_a_peer_and_refused_when_it_is_wrong(
             one for one in bench_encoder.text_peers.PEERS if one.name == "text-embeddings-inference"
         ),
     )
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
     server = Server(encoder, factor)
     address = f"http://127.0.0.1:{server.server_port}"
     command = ["--smoke", "--device=cpu", "--repeats=1", f"--tei={address}"]

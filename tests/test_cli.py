@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import stat
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import BinaryIO
 
@@ -48,12 +48,13 @@ def test_help_is_quick_and_needs_no_torch() -> None:
         "except SystemExit: pass\n"
         "assert 'torch' not in sys.modules and 'numpy' not in sys.modules"
     )
-    started = time.perf_counter()
+    begun = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    seconds = time.perf_counter() - started
+    ended = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert done.returncode == 0, done.stderr
     assert "--overwrite" in done.stdout
-    assert seconds < 0.5
+    # of a processor: on a busy machine it may wait
+    assert ended.ru_utime + ended.ru_stime - begun.ru_utime - begun.ru_stime < 0.5
 
 
 def test_embed_text_to_npy(text_file: Path, tiny_folder: Path, encoder: Encoder) -> None:
