@@ -182,6 +182,7 @@ def _embed(options: argparse.Namespace) -> int:
 
     columns = options.columns
     settings: dict[str, Any] = {
+        "overwrite": options.overwrite,
         "model": options.model,
         "revision": options.revision,
         "device": options.device,
@@ -204,7 +205,7 @@ def _embed(options: argparse.Namespace) -> int:
         for line in estimate_corpus(options.input, options.output, **settings).lines():
             print(line)
         return 0
-    report = embed_corpus(options.input, options.output, overwrite=options.overwrite, **settings)
+    report = embed_corpus(options.input, options.output, **settings)
     print(f"{report.rows:,} texts -> {report.output}")
     if report.found:
         print(f"{report.found:,} of {report.shards:,} shards were there already")

@@ -1221,3 +1221,31 @@ def test_progress_is_logged_nowhere_and_cuts_once(
     assert "of 50 texts were longer than max_seq_length=10 tokens and were cut" in (
         warnings_of_nomoe.text
     )
+
+
+@pytest.mark.parametrize("form", ["file", "folder"])
+def test_a_dry_run_refuses_an_output_that_the_run_would(
+    tmp_path: Path, shallow_folder: Path, form: str
+) -> None:
+    source = write(tmp_path / "in.parquet", make_rows(5))
+    options: Any = {"model": shallow_folder, "device": "cpu"}
+    if form == "file":
+        out = tmp_path / "out.npy"
+        out.write_bytes(b"mine")
+        refused: Any = (FileExistsError, "exists; --overwrite replaces it")
+    else:
+        out = tmp_path / "out"
+        out.mkdir()
+        (out / "mine").write_bytes(b"mine")
+        refused = (ValueError, r"holds mine but no _manifest\.json")
+    before = sorted(tmp_path.rglob("*"))
+    for run in (embed_corpus, estimate_corpus):
+        with pytest.raises(refused[0], match=refused[1]):
+            run(source, out, **options)
+    if form == "file":
+        assert estimate_corpus(source, out, overwrite=True, **options).rows == 5
+    else:
+        with pytest.raises(ValueError, match="overwrite is for one file"):
+            estimate_corpus(source, tmp_path / "new", overwrite=True, **options)
+        assert estimate_corpus(source, tmp_path / "new", **options).rows == 5
+    assert sorted(tmp_path.rglob("*")) == before

@@ -16,7 +16,7 @@ from .manifest import check_same, check_same_input, finished_shards, read_manife
 from .outputs import JsonlOutput, NpyOutput, Output, ParquetOutput
 from .plan import Plan
 from .request import Options, Request, make_request
-from .run import settle
+from .run import check_destination, settle
 from .shards import ShardReader, Window
 
 # most texts that are tokenised and about the most bytes of them (a few seconds of a core), from so
@@ -90,7 +90,11 @@ class Estimate:
 
 
 def estimate_corpus(
-    inputs: str | Path | Sequence[str | Path], output: str | Path, **options: Unpack[Options]
+    inputs: str | Path | Sequence[str | Path],
+    output: str | Path,
+    *,
+    overwrite: bool = False,
+    **options: Unpack[Options],
 ) -> Estimate:
     """Say what `embed_corpus` would take, without writing anything that stays.
 
@@ -99,17 +103,21 @@ def estimate_corpus(
 
     Args:
         inputs: As for `embed_corpus`.
-        output: As for `embed_corpus`.
+        output: As for `embed_corpus`, and refused where that would.
+        overwrite: As for `embed_corpus`.
         **options: As for `embed_corpus`.
 
     Raises:
         FileNotFoundError, PermissionError, ConnectionError: Input or checkpoint cannot be had.
         ValueError: An argument is wrong, a row or file is bad, or the folder was begun with other
             settings or another input.
+        FileExistsError: The output file exists, and `overwrite` is not set.
         ImportError: pyarrow is needed and not installed.
         RuntimeError: The backend or device cannot run, or the input changed meanwhile.
+        OSError: The output cannot be written.
     """
     request = make_request(inputs, output, **options)
+    check_destination(request, overwrite=overwrite)
     begun = read_manifest(request.output) if request.is_folder else None
     request = settle(request, begun)
     if begun is not None:

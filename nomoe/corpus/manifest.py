@@ -7,9 +7,11 @@ the totals, after the last.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
+import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -147,13 +149,15 @@ def check_folder(folder: Path) -> None:
         OSError: It is a file, or cannot be written.
     """
     require_pyarrow("writing Parquet")
-    if not folder.exists():
-        if not folder.parent.is_dir():
-            raise FileNotFoundError(f"there is no folder {folder.parent} to make {folder.name} in")
-        # another run may make it at the same moment
-        folder.mkdir(exist_ok=True)
-    if not folder.is_dir():
+    is_new = not folder.exists()
+    if is_new and not folder.parent.is_dir():
+        raise FileNotFoundError(f"there is no folder {folder.parent} to make {folder.name} in")
+    if not is_new and not folder.is_dir():
         raise FileExistsError(f"{folder} is a file, expected a folder")
+    if not os.access(folder.parent if is_new else folder, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
+    if is_new:
+        return
     others = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
     if others and MANIFEST_FILE not in others:
         raise ValueError(

@@ -168,12 +168,23 @@ def embed_corpus(
         show_progress_bar=show_progress_bar,
         local_files_only=local_files_only,
     )
-    if request.is_folder:
-        if overwrite:
-            raise ValueError(f"overwrite is for one file; to begin anew, remove {output}")
-        return write_folder(request, _embed)
-    check_output(request.output, OUTPUT_SUFFIXES, overwrite=overwrite)
-    return _to_file(request)
+    check_destination(request, overwrite=overwrite)
+    return write_folder(request, _embed) if request.is_folder else _to_file(request)
+
+
+def check_destination(request: Request, *, overwrite: bool) -> None:
+    """Refuse an output that cannot be written, before any work.
+
+    Raises:
+        ValueError: `overwrite` is set for a folder, or the folder holds something else.
+        FileExistsError, FileNotFoundError, OSError: As `embed_corpus`.
+    """
+    if not request.is_folder:
+        check_output(request.output, OUTPUT_SUFFIXES, overwrite=overwrite)
+        return
+    if overwrite:
+        raise ValueError(f"overwrite is for one file; to begin anew, remove {request.output}")
+    check_folder(request.output)
 
 
 def _to_file(request: Request) -> CorpusReport:
@@ -228,6 +239,8 @@ def write_folder(
     """
     folder = request.output
     check_folder(folder)
+    # another run may make it at the same moment
+    folder.mkdir(exist_ok=True)
     with locked(folder):
         remove_unfinished(folder)
         request, manifest = begin(request)
