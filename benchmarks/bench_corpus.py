@@ -46,6 +46,8 @@ BOUND = harness.Deviation(cosine_distance=1e-10, max_abs=2e-6)
 # what the whole may take beyond its forwards, and memory at the end beyond that after a tenth
 MOST_OVERHEAD = 0.15
 MOST_GROWTH = 0.15
+# points of the curve by rows
+POINTS = 50
 
 
 def write_corpus(folder: Path, rows: int) -> None:
@@ -67,28 +69,31 @@ def write_corpus(folder: Path, rows: int) -> None:
 
 
 class Meter:
-    """Samples this process's memory, and adds up the time within forwards."""
+    """Samples rows done and this process's memory, and adds up the time within forwards."""
 
     def __init__(self) -> None:
         self.forward_s = 0.0
-        self.memory: list[tuple[float, int]] = []
+        self.rows = 0
+        # when, rows, bytes
+        self.samples: list[tuple[float, int, int]] = []
 
     @contextmanager
     def running(self) -> Iterator[None]:
         """Measure a block; the last sample is taken after it."""
         embed, stop = Engine.embed, threading.Event()
 
-        def timed(*arguments: Any, **options: Any) -> Any:
+        def timed(engine: Engine, ids: Any, lengths: Any, *rest: Any, **options: Any) -> Any:
             begin = time.perf_counter()
-            pending = embed(*arguments, **options)
+            pending = embed(engine, ids, lengths, *rest, **options)
             self.forward_s += time.perf_counter() - begin
+            self.rows += len(lengths)
             return pending
 
         def sample() -> None:
             stopped = False
             while not stopped:
                 stopped = stop.wait(0.2)
-                self.memory.append((time.perf_counter(), resident_bytes()))
+                self.samples.append((time.perf_counter(), self.rows, resident_bytes()))
 
         Engine.embed = timed
         sampler = threading.Thread(target=sample, daemon=True)
@@ -115,12 +120,11 @@ def run_alone(inputs: Path, output: Path, options: dict[str, Any], pipe: Any) ->
     with meter.running():
         report = embed_corpus(inputs, output, **options)
         end = time.perf_counter()
-    # by rows done: shards appear at an even rate, and the reading before them is over
     started = end - report.seconds
-    at = {
-        share: next(size for when, size in meter.memory if when >= started + share * report.seconds)
-        for share in (0.1, 0.5)
-    }
+    curve = [
+        next(sample for sample in meter.samples if sample[1] >= report.rows * point / POINTS)
+        for point in range(1, POINTS + 1)
+    ]
     pipe.send(
         {
             "rows": report.rows,
@@ -129,9 +133,13 @@ def run_alone(inputs: Path, output: Path, options: dict[str, Any], pipe: Any) ->
             "reading_s": started - begin,
             "forward_s": meter.forward_s,
             "processor_s": time.process_time() - processor,
-            "resident_at_10": at[0.1],
-            "resident_at_50": at[0.5],
-            "resident_at_end": meter.memory[-1][1],
+            "curve": [
+                {"seconds": when - started, "rows": rows, "resident": size}
+                for when, rows, size in dict.fromkeys(curve)
+            ],
+            "resident_at_10": curve[POINTS // 10 - 1][2],
+            "resident_at_50": curve[POINTS // 2 - 1][2],
+            "resident_at_end": meter.samples[-1][2],
             "resident_peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         }
     )

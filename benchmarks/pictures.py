@@ -5,9 +5,9 @@
 
 Each result gives the pictures that its benchmark can: of bench_encoder and bench_cpu the speed of
 every contender by input, and how long one text takes; of bench_scaling a curve for each sweep; of
-bench_moe and bench_kernels a roofline; of expert_use a map of languages and experts. Every picture
-is written twice, NAME-light.svg and NAME-dark.svg, with machine and date below it. Needs matplotlib
-(`pip install nomoe[plot]`).
+bench_corpus speed and memory by rows done; of bench_moe and bench_kernels a roofline; of expert_use
+a map of languages and experts. Every picture is written twice, NAME-light.svg and NAME-dark.svg,
+with machine and date below it. Needs matplotlib (`pip install nomoe[plot]`).
 """
 
 from __future__ import annotations
@@ -105,6 +105,8 @@ def pictures(record: Record) -> Iterator[Picture]:
         ]
         if rows:
             yield roofline(cases)
+    elif record["benchmark"] == "bench_corpus":
+        yield growth(record)
     elif record["benchmark"] == "expert_use":
         yield languages(record)
 
@@ -267,6 +269,38 @@ def roofline(cases: list[Record]) -> Picture:
         legend(axes)
 
     return Picture("roofline", "Kernels and what the machine allows", draw, (7.2, 5.0))
+
+
+def growth(record: Record) -> Picture:
+    """Lines of rows a second, and of memory, by rows done."""
+    points = record["one_process"]["curve"]
+    rows = [point["rows"] for point in points]
+
+    def draw(axes: Axes) -> None:
+        # of the last so many points, lest the writing of a shard show as a dip
+        several = max(1, len(points) // 10)
+        speeds = [
+            (end["rows"] - begin["rows"]) / (end["seconds"] - begin["seconds"])
+            for begin, end in zip(points, points[several:], strict=False)
+        ]
+        axes.plot(rows[several:], speeds, color=colour(0), label="rows per second")
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel("rows done")
+        axes.set_ylabel("rows per second")
+        memory = axes.twinx()
+        memory.plot(
+            rows, [point["resident"] / 1e6 for point in points], color=colour(1), linestyle="--",
+            label="memory in RAM, MB",
+        )  # fmt: skip
+        memory.set_ylim(bottom=0)
+        memory.set_ylabel("MB")
+        memory.grid(visible=False)
+        memory.spines["right"].set_visible(True)
+        for one in (axes.xaxis, axes.yaxis, memory.yaxis):
+            one.set_major_formatter("{x:,.0f}")
+        legend(axes)
+
+    return Picture("growth", "Speed and memory as a corpus goes by", draw)
 
 
 def languages(record: Record) -> Picture:

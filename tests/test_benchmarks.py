@@ -807,6 +807,8 @@ def test_smoke_run_of_a_corpus(tmp_path):
     assert 0 < one["forward_s"] < one["seconds"]
     assert 0 < one["reading_s"] < one["seconds"]
     assert content["max_abs"] <= 2e-6
+    assert one["curve"][-1]["rows"] == 900
+    assert one["curve"][-1]["resident"] <= one["resident_peak"]
     overhead = (one["seconds"] - one["forward_s"]) / one["seconds"]
     assert f"Overhead {overhead:.1%} (at most 15%)" in done.stdout
 
@@ -816,7 +818,7 @@ def test_memory_is_sampled_after_the_end_of_a_block(monkeypatch):
     meter = importlib.import_module("bench_corpus").Meter()
     with meter.running():
         end = time.perf_counter()
-    when, size = meter.memory[-1]
+    when, _, size = meter.samples[-1]
     assert when >= end
     assert size > 0
 

@@ -75,8 +75,19 @@ def result(benchmark, *cases):
             ["roofline"],
             [("9 TFLOP/s, 99 GB/s", "up, nomoe", "up, others", "down, others")],
         ),
+        (
+            {
+                "benchmark": "bench_corpus", "date": "2026-01-02", "machine": "one < two",
+                "one_process": {"curve": [
+                    {"seconds": row / 400, "rows": row, "resident": 7_000_000}
+                    for row in (400, 1200, 2000)
+                ]},
+            },
+            ["growth"],
+            [("rows per second", "400", "MB", "7", "2,000")],
+        ),
     ],
-    ids=["encoder", "scaling", "moe"],
+    ids=["encoder", "scaling", "moe", "corpus"],
 )  # fmt: skip
 def test_pictures(pictures, record, names, words, tmp_path):
     path = tmp_path / "2026-01-02-it.json"
