@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -70,7 +71,10 @@ def tokenize_ahead(
 
 
 def make_batches(lengths: list[int], batch_tokens: int, batch_size: int | None) -> list[list[int]]:
-    """Divide texts into batches of similar length.
+    """Divide texts into the fewest batches of similar length, and those as evenly as can be.
+
+    Were each filled to the brim, the rest might be of any size, and on a CPU every new number of
+    tokens takes memory that is not given back (see `nomoe_kernels.cpu.round_up`).
 
     Args:
         lengths: Tokens of each text.
@@ -78,17 +82,24 @@ def make_batches(lengths: list[int], batch_tokens: int, batch_size: int | None) 
         batch_size: Most texts of a batch; None for no such limit.
 
     Returns:
-        Positions in `lengths`, longest texts first, so that the first batch needs the most memory.
+        Positions in `lengths`, longest texts first, so that no later batch needs much more memory.
     """
-    batches: list[list[int]] = []
-    tokens = 0
-    for position in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
-        tokens += lengths[position]
-        if not batches or tokens > batch_tokens or len(batches[-1]) == batch_size:
-            batches.append([])
-            tokens = lengths[position]
-        batches[-1].append(position)
-    return batches
+    order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
+    ends = list(accumulate((lengths[position] for position in order), initial=0))
+    most_texts = batch_size or len(order)
+
+    def cut(most_tokens: int) -> list[int]:
+        cuts = [0]
+        while (start := cuts[-1]) < len(order):
+            stop = bisect_right(ends, ends[start] + most_tokens, start) - 1
+            cuts.append(max(start + 1, min(stop, start + most_texts)))
+        return cuts
+
+    fewest = len(cut(batch_tokens))
+    # the smallest budget that needs no more batches
+    budgets = range(min(batch_tokens, ends[-1]))
+    budget = bisect_left(budgets, True, key=lambda most: len(cut(most)) <= fewest)
+    return [order[start:stop] for start, stop in pairwise(cut(budget))]
 
 
 class Batch(NamedTuple):

@@ -6,17 +6,17 @@ import random
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from itertools import pairwise
 
 import pytest
 import torch
 
 from nomoe.batching import Batch, make_batches, run_batches, tokenize_ahead, windows
 from nomoe.tokenizer import Tokens
+from nomoe_kernels import cpu
 
 
 @pytest.mark.parametrize("seed", range(5))
-@pytest.mark.parametrize(("budget", "size"), [(64, None), (512, 4), (10_000, 3), (1, None)])
+@pytest.mark.parametrize(("budget", "size"), [(64, None), (512, 4), (1 << 70, 3), (1, None)])
 def test_batches_hold_each_text_once_within_the_budget(
     seed: int, budget: int, size: int | None
 ) -> None:
@@ -29,9 +29,34 @@ def test_batches_hold_each_text_once_within_the_budget(
     for batch in batches:
         assert sum(lengths[position] for position in batch) <= budget or len(batch) == 1
         assert size is None or len(batch) <= size
-    for batch, following in pairwise(batches):
-        grown = sum(lengths[position] for position in [*batch, following[0]])
-        assert grown > budget or len(batch) == size, "no batch stops early"
+    assert len(batches) == fewest_batches(lengths, budget, size)
+    shared = [sum(lengths[position] for position in batch) for batch in batches if len(batch) > 1]
+    if shared:
+        # a smaller fullest batch would need one more
+        assert fewest_batches(lengths, max(shared) - 1, size) > len(batches)
+
+
+def fewest_batches(lengths: list[int], budget: int, size: int | None) -> int:
+    """Count the batches that are there when each takes all it can."""
+    batches: list[list[int]] = []
+    for length in sorted(lengths, reverse=True):
+        if not batches or sum(batches[-1]) + length > budget or len(batches[-1]) == size:
+            batches.append([])
+        batches[-1].append(length)
+    return len(batches)
+
+
+def test_windows_show_onednn_few_numbers_of_rows() -> None:
+    """It compiles a product for each, and keeps it."""
+    generator = random.Random(0)
+    rows = set()
+    for _ in range(200):
+        # some fill four batches, others begin a fifth
+        lengths = [generator.randint(4, 15) for _ in range(generator.randint(1650, 1800))]
+        for batch in make_batches(lengths, 4096, None):
+            rows.add(cpu.round_up(sum(lengths[position] for position in batch)))
+    assert min(rows) > 3000
+    assert len(rows) <= 16
 
 
 def test_no_texts_no_batches() -> None:

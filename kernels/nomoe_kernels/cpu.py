@@ -132,11 +132,12 @@ def _rotate_(x: Tensor, cos: Tensor, sin: Tensor) -> None:
     b.mul_(cos).add_(a_sin)
 
 
-def round_up(rows: int, sizes: int = 64) -> int:
+def round_up(rows: int, sizes: int = 32) -> int:
     """Round a number of rows up to one of so many in an octave; up to twice that it stays.
 
-    oneDNN compiles a product for every number it meets, which takes a millisecond and two thirds of
-    a megabyte, and keeps the last thousand: of rounded ones it soon has all.
+    oneDNN compiles a product for every number it meets, which takes a millisecond and about 0.6 MB
+    (as much for small matrices as for large), and keeps the last 1,024. Batches of long texts run
+    1.5 % more rows than they have with 16 sizes, 0.8 % with 32, 0.4 % with 64.
 
     Args:
         rows: How many there are.
