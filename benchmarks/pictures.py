@@ -288,11 +288,10 @@ def growth(record: Record) -> Picture:
         axes.set_xlabel("rows done")
         axes.set_ylabel("rows per second")
         memory = axes.twinx()
-        memory.plot(
-            rows, [point["resident"] / 1e6 for point in points], color=colour(1), linestyle="--",
-            label="memory in RAM, MB",
-        )  # fmt: skip
-        memory.set_ylim(bottom=0)
+        sizes = [point["resident"] / 1e6 for point in points]
+        memory.plot(rows, sizes, color=colour(1), linestyle="--", label="memory in RAM, MB")
+        # below the other line
+        memory.set_ylim(0, 1.6 * max(sizes))
         memory.set_ylabel("MB")
         memory.grid(visible=False)
         memory.spines["right"].set_visible(True)
