@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from itertools import chain
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from nomoe import NomicMoEConfig, NomicMoEModel
 from nomoe.batching import make_batches
-from nomoe.moe import Pooling
+from nomoe.moe import MoE, Pooling, router_input
 
 
 class Peer(Protocol):
@@ -81,6 +81,36 @@ class Packed:
             experts_TK.flatten().bincount(minlength=self.model.config.num_experts).tolist()
             for experts_TK in output.router_experts
         ]
+
+    @torch.no_grad()
+    def near_ties(self, texts: list[list[int]], gap: float) -> list[int]:
+        """Positions of texts that the last bit of a sum may send to other experts.
+
+        Those have a token of which, in some layer, the last expert that is chosen and the first
+        that is not are less than `gap` apart in the router's probabilities.
+        """
+        config = self.model.config
+        if config.moe_top_k == config.num_experts:
+            return []
+        lengths = [len(ids) for ids in texts]
+        is_near_T = torch.zeros(sum(lengths), dtype=torch.bool, device=self.model.device)
+
+        def look(layer: torch.nn.Module, inputs: tuple[Any, ...]) -> None:
+            assert isinstance(layer, MoE)
+            logits_TE = router_input(inputs) @ layer.router.layer.weight.float().T
+            sorted_TE = logits_TE.softmax(dim=-1).sort(dim=-1, descending=True).values
+            last_T, next_T = sorted_TE[:, config.moe_top_k - 1 :][:, :2].unbind(1)
+            # rows beyond these are of a text that only fills the batch
+            is_near_T.logical_or_((last_T - next_T < gap)[: len(is_near_T)])
+
+        layers = [one for one in self.model.modules() if isinstance(one, MoE)]
+        hooks = [one.register_forward_pre_hook(look) for one in layers]
+        try:
+            self.model.forward_packed(self._ids(texts), lengths)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return [place for place, one in enumerate(is_near_T.split(lengths)) if one.any()]
 
     def _ids(self, texts: Iterable[list[int]]) -> Tensor:
         return torch.tensor(list(chain.from_iterable(texts))).to(self.model.device)

@@ -710,6 +710,24 @@ def test_attention_is_compared_where_it_rotates(bench_kernels, tmp_path, monkeyp
     assert "kernel='rotated'" in capsys.readouterr().err
 
 
+def test_texts_near_a_tie_are_found():
+    config = NomicMoEConfig.from_json(data.TINY / "config.json")
+    model = NomicMoEModel.from_pretrained(data.TINY, device="cpu").eval()
+    packed = peers.Packed(model)
+    texts = draw_texts([5, 1, 9, 4, 2, 3])
+    assert packed.near_ties(texts, 0.0) == []
+    assert packed.near_ties(texts, 1.0) == [0, 1, 2, 3, 4, 5]
+    some = packed.near_ties(texts, 0.004)
+    assert 0 < len(some) < 6
+    assert some == [place for place, ids in enumerate(texts) if packed.near_ties([ids], 0.004)]
+    # experts that a router cannot tell apart
+    tied = model.state_dict()
+    name = next(name for name in tied if name.endswith("router.layer.weight"))
+    tied[name] = tied[name][:1].expand(config.num_experts, -1).clone()
+    model.load_state_dict(tied)
+    assert packed.near_ties(texts, 1e-6) == [0, 1, 2, 3, 4, 5]
+
+
 def test_smoke_run_of_scaling(bench_encoder, tmp_path):
     bench_scaling = importlib.import_module("bench_scaling")
     command = ["--smoke", "--device=cpu", "--repeats=1", "--threads=1", f"--output={tmp_path}"]
