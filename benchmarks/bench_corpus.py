@@ -139,7 +139,10 @@ def run_alone(inputs: Path, output: Path, options: dict[str, Any], pipe: Any) ->
             ],
             "resident_at_10": curve[POINTS // 10 - 1][2],
             "resident_at_50": curve[POINTS // 2 - 1][2],
-            "resident_at_end": meter.samples[-1][2],
+            # the last sample may be taken after the model is gone
+            "resident_at_end": max(
+                size for _, rows, size in meter.samples if rows >= 0.9 * report.rows
+            ),
             "resident_peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         }
     )
@@ -226,7 +229,7 @@ def render(record: dict[str, Any]) -> str:
         for name, key in (
             ("after 10 % of the rows", "resident_at_10"),
             ("after half", "resident_at_50"),
-            ("at the end", "resident_at_end"),
+            ("at most in the last tenth", "resident_at_end"),
             ("at most", "resident_peak"),
         )
     ]

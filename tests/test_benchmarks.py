@@ -714,18 +714,19 @@ def test_texts_near_a_tie_are_found():
     config = NomicMoEConfig.from_json(data.TINY / "config.json")
     model = NomicMoEModel.from_pretrained(data.TINY, device="cpu").eval()
     packed = peers.Packed(model)
-    texts = draw_texts([5, 1, 9, 4, 2, 3])
+    # with the last one the CPU's kernels get more rows than there are tokens
+    texts = draw_texts([5, 1, 9, 4, 2, 3, 150])
     assert packed.near_ties(texts, 0.0) == []
-    assert packed.near_ties(texts, 1.0) == [0, 1, 2, 3, 4, 5]
+    assert packed.near_ties(texts, 1.0) == list(range(7))
     some = packed.near_ties(texts, 0.004)
-    assert 0 < len(some) < 6
+    assert 0 < len(some) < 7
     assert some == [place for place, ids in enumerate(texts) if packed.near_ties([ids], 0.004)]
     # experts that a router cannot tell apart
     tied = model.state_dict()
     name = next(name for name in tied if name.endswith("router.layer.weight"))
     tied[name] = tied[name][:1].expand(config.num_experts, -1).clone()
     model.load_state_dict(tied)
-    assert packed.near_ties(texts, 1e-6) == [0, 1, 2, 3, 4, 5]
+    assert packed.near_ties(texts, 1e-6) == list(range(7))
 
 
 def test_smoke_run_of_scaling(bench_encoder, tmp_path):

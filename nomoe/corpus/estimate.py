@@ -103,7 +103,7 @@ def estimate_corpus(
 
     Args:
         inputs: As for `embed_corpus`.
-        output: As for `embed_corpus`, and refused where that would.
+        output: As for `embed_corpus`, and refused where that would be, but for a run at work in it.
         overwrite: As for `embed_corpus`.
         **options: As for `embed_corpus`.
 

@@ -154,8 +154,9 @@ def check_folder(folder: Path) -> None:
         raise FileNotFoundError(f"there is no folder {folder.parent} to make {folder.name} in")
     if not is_new and not folder.is_dir():
         raise FileExistsError(f"{folder} is a file, expected a folder")
-    if not os.access(folder.parent if is_new else folder, os.W_OK | os.X_OK):
-        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
+    place = folder.parent if is_new else folder
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(place))
     if is_new:
         return
     others = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
