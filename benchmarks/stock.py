@@ -113,7 +113,8 @@ class Stock:
             parts = zip(*(one.split(lengths) for one in (q_TNH, k_TNH, v_TNH)), strict=True)
             out_TNH = torch.cat(
                 [
-                    F.scaled_dot_product_attention(*(one.transpose(0, 1) for one in part))
+                    # four times as fast on a CPU with a dimension for the batch
+                    F.scaled_dot_product_attention(*(one.transpose(0, 1)[None] for one in part))[0]
                     .transpose(0, 1)
                     for part in parts
                 ]
