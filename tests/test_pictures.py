@@ -84,7 +84,7 @@ def result(benchmark, *cases):
                 ]},
             },
             ["growth"],
-            [("rows per second", "400", "MB", "7", "2,000")],
+            [("rows per second", "400", "memory in RAM, MB", "10", "2,000")],
         ),
     ],
     ids=["encoder", "scaling", "moe", "corpus"],
