@@ -557,7 +557,7 @@ class NomicMoEModel(nn.Module):
     ) -> NomicMoEOutput:
         ops = self._lay_out() if ops is None else ops
         tokens = len(ids_T)
-        if more := rows_wanted(ops, tokens) - tokens:
+        if more := rows_wanted(ops, tokens, self.dtype) - tokens:
             # one text more, which is cut off in the end
             ids_T = F.pad(ids_T, (0, more))
             positions_T = torch.cat([positions_T, torch.arange(more)])

@@ -16,6 +16,7 @@ from nomoe_kernels import cpu, reference
 from nomoe_kernels.configs import AttentionTile as AttentionTile
 from nomoe_kernels.layout import Layout as Layout
 from nomoe_kernels.layout import Tables
+from nomoe_kernels.matrices import Matrix
 from nomoe_kernels.reference import MoEWeights, Norm
 from nomoe_kernels.reference import Pooling as Pooling
 
@@ -33,7 +34,7 @@ class Ops(Protocol):
     def add_layer_norm(self, x_TD: Tensor, y_TD: Tensor, norm: Norm) -> Tensor: ...
 
     def linear(
-        self, x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, *, gelu: bool = False
+        self, x_TI: Tensor, weight_OI: Any, bias_O: Tensor | None, *, gelu: bool = False
     ) -> Tensor: ...
 
     def moe_block(
@@ -110,12 +111,9 @@ def cpu_ops(dtype: torch.dtype) -> Ops | None:
     return cpu if cpu.supports(dtype) else None
 
 
-def rows_wanted(ops: Ops | TableOps, tokens: int) -> int:
-    """Rows that kernels want a batch of so many tokens to have: as many, but for those of a CPU.
-
-    oneDNN compiles a product for every number of rows it meets.
-    """
-    return cpu.round_up(tokens) if ops is cpu else tokens
+def rows_wanted(ops: Ops | TableOps, tokens: int, dtype: torch.dtype) -> int:
+    """Rows that kernels want a batch of so many tokens to have: as many, but for those of a CPU."""
+    return cpu.rows_wanted(tokens, dtype) if ops is cpu else tokens
 
 
 def select_backend(
@@ -218,7 +216,7 @@ class Packable(nn.Module):
     # names of the parameters that are packed
     packable: tuple[str, ...]
     # the matrices of each, by name
-    packed: dict[str, list[Tensor]] | None = None
+    packed: dict[str, list[Matrix]] | None = None
 
     def matrices(self, name: str, tensor: Tensor) -> list[Tensor]:
         """View a parameter's tensor as the (O, I) matrices it holds."""
@@ -253,11 +251,11 @@ class Packable(nn.Module):
                     continue
                 dense = torch.empty(parameter.shape, dtype=parameter.dtype)
                 for view, matrix in zip(self.matrices(name, dense), matrices, strict=True):
-                    view.copy_(cpu.unpack_weight(matrix))
+                    view.copy_(matrix.unpack())
                 parameter.data = dense
             self.packed = None
 
-    def snapshot(self) -> tuple[dict[str, list[Tensor]] | None, dict[str, Tensor]]:
+    def snapshot(self) -> tuple[dict[str, list[Matrix]] | None, dict[str, Tensor]]:
         """The packed matrices, or None and the parameters' numbers.
 
         Both stay what they are while another thread packs or unpacks.
@@ -370,6 +368,7 @@ class Linear(nn.Linear, Packable):
         self, x_TI: Tensor, ops: Ops, *, gelu: bool = False
     ) -> Tensor:
         """Apply the layer, (T, O)."""
+        weight_OI: Any
         if ops is cpu:
             packed, plain = self.snapshot()
             if packed is None:

@@ -9,7 +9,7 @@ import os
 import pickle
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from typing import Any
@@ -21,14 +21,37 @@ from torch import Tensor, nn
 
 from nomoe import NomicMoEModel, data
 from nomoe.moe import LAYING_OUT, Linear, MoE, Packable
-from nomoe_kernels import cpu, reference
+from nomoe_kernels import cpu, matrices, reference
 from nomoe_kernels.reference import MoEWeights, Norm
 
 DTYPES = [dtype for dtype in (torch.float32, torch.bfloat16) if cpu.supports(dtype)]
+LIBRARIES = ["onednn", *(["mkl"] if torch.backends.mkl.is_available() else [])]
+KINDS = [("onednn", dtype) for dtype in DTYPES] + [(name, torch.float32) for name in LIBRARIES[1:]]
 # of the largest number of a product: some roundings of its operands' dtype
 BOUNDS = {torch.float32: 2e-6, torch.bfloat16: 1e-2}
 
 pytestmark = pytest.mark.skipif(not DTYPES, reason="torch has no oneDNN here")
+
+
+@pytest.fixture(params=LIBRARIES)
+def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Where products in float32 run: both can, whatever this CPU is."""
+    monkeypatch.setattr(matrices, "_is_intel", lambda: request.param == "mkl")
+    return str(request.param)
+
+
+@pytest.fixture
+def onednn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products run in oneDNN."""
+    monkeypatch.setattr(matrices, "_is_intel", lambda: False)
+
+
+@pytest.fixture(params=KINDS, ids=lambda kind: f"{kind[0]}-{kind[1]}")
+def dtype(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.dtype:
+    """One with products at speed, in each library that has them."""
+    library, dtype = request.param
+    monkeypatch.setattr(matrices, "_is_intel", lambda: library == "mkl")
+    return dtype  # type: ignore[no-any-return]
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -45,7 +68,6 @@ def off(result: Tensor, exact: Tensor) -> float:
 # --- operations
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rows", [1, 5, 33])
 def test_linear(rows: int, dtype: torch.dtype) -> None:
     x_TI, weight_OI, bias_O = (
@@ -62,6 +84,7 @@ def test_linear(rows: int, dtype: torch.dtype) -> None:
     assert cpu.linear(x_TI[:0], packed, bias_O, gelu=True).shape == (0, 80)
 
 
+@pytest.mark.usefixtures("library")
 def test_the_gelu_is_the_exact_one() -> None:
     x_TI = torch.linspace(-6, 6, 4096)[:, None].expand(-1, 16).contiguous()
     result = cpu.linear(x_TI, cpu.pack_weight(torch.eye(16)), None, gelu=True)
@@ -71,14 +94,48 @@ def test_the_gelu_is_the_exact_one() -> None:
     assert (tanh - exact).abs().max() > 1e-4, "the test could not tell"
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_packing_loses_nothing(dtype: torch.dtype) -> None:
     weight_OI = normal(80, 96, dtype=dtype)
+    # the smallest number there is, which arithmetic may take for zero, and the largest
+    weight_OI[0, :2] = torch.tensor([2.0**-133, torch.finfo(dtype).max])
     for matrix in (weight_OI, weight_OI.T):
-        assert torch.equal(cpu.unpack_weight(cpu.pack_weight(matrix)), matrix)
+        assert torch.equal(cpu.pack_weight(matrix).unpack(), matrix)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.usefixtures("library")
+@pytest.mark.parametrize("number", [torch.inf, torch.nan])
+def test_packing_loses_no_infinity(number: float) -> None:
+    weight_OI = normal(80, 96)
+    weight_OI[3, 5] = number
+    packed = cpu.pack_weight(weight_OI)
+    torch.testing.assert_close(packed.unpack(), weight_OI, atol=0, rtol=0, equal_nan=True)
+    good = torch.arange(80) != 3
+    assert cpu.linear(normal(4, 96), packed, None)[:, good].isfinite().all()
+
+
+@pytest.mark.skipif("mkl" not in LIBRARIES, reason="torch has no MKL here")
+@pytest.mark.parametrize(("O", "I"), [(768, 3072), (3072, 768)])
+def test_a_row_in_mkl_has_the_same_bits_in_any_company(O: int, I: int) -> None:  # noqa: E741
+    packed = matrices.MklMatrix.pack(normal(O, I))
+    x_TI, bias_O = normal(700, I, seed=1), normal(O, seed=2)
+    every_TO = cpu.linear(x_TI, packed, bias_O, gelu=True)
+    for rows in (1, 2, 5, 16, 17, 64, 129, 512):
+        assert torch.equal(cpu.linear(x_TI[:rows], packed, bias_O, gelu=True), every_TO[:rows])
+
+
+@pytest.mark.skipif("mkl" not in LIBRARIES, reason="torch has no MKL here")
+def test_mkl_takes_what_was_packed_for_other_threads(threads: Callable[[int], None]) -> None:
+    weight_OI, x_TI = normal(192, 96), normal(33, 96, seed=1)
+    exact = F.linear(x_TI.double(), weight_OI.double())
+    for packing in (1, 2, 5):
+        threads(packing)
+        packed = matrices.MklMatrix.pack(weight_OI)
+        for running in (1, 2, 5):
+            threads(running)
+            assert off(cpu.linear(x_TI, packed, None), exact) < BOUNDS[torch.float32]
+            assert torch.equal(packed.unpack(), weight_OI)
+
+
 @pytest.mark.parametrize("lengths", [[], [1], [7, 7, 7], [40, 40, 3, 1, 1], [5, 9, 5]])
 def test_attention(lengths: list[int], dtype: torch.dtype) -> None:
     T = sum(lengths)
@@ -96,7 +153,6 @@ def test_attention(lengths: list[int], dtype: torch.dtype) -> None:
         assert result.shape == (0, 96)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("tokens", "experts", "top_k", "normalize"),
     # of the third, two experts have more rows than oneDNN is shown exactly, and one has none
@@ -140,8 +196,16 @@ def test_moe_block(
 
 
 @pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    """Set torch's number of threads until the test ends."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
 def shown(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Rows of every product that oneDNN is given."""
+    """Rows of every product."""
     rows: list[int] = []
     linear = cpu.linear
 
@@ -153,6 +217,7 @@ def shown(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return rows
 
 
+@pytest.mark.usefixtures("onednn")
 def test_experts_show_onednn_few_numbers_of_rows(shown: list[int]) -> None:
     """It compiles a product for each."""
     D, every = 32, set()
@@ -170,6 +235,22 @@ def test_experts_show_onednn_few_numbers_of_rows(shown: list[int]) -> None:
     assert len(every) == 32 + 4 * 16
 
 
+@pytest.mark.skipif("mkl" not in LIBRARIES, reason="torch has no MKL here")
+def test_mkl_multiplies_no_rows_in_vain(shown: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(matrices, "_is_intel", lambda: True)
+    model = NomicMoEModel.from_pretrained(data.TINY, device="cpu")
+    with torch.no_grad():
+        model.forward_packed(torch.arange(129), [100, 29])
+    dense = [rows for rows in shown if rows == 129]
+    layers, moe = (
+        model.config.n_layer,
+        sum(map(model.config.is_moe_layer, range(model.config.n_layer))),
+    )
+    assert len(dense) == 2 * layers + 2 * (layers - moe)
+    # both products of each expert
+    assert sum(shown) - sum(dense) == moe * 2 * 2 * 129
+
+
 def test_a_torch_without_onednn_imports_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.ops, "mkldnn", object())
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
@@ -184,7 +265,7 @@ def test_a_torch_without_onednn_imports_it(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.fixture
-def model() -> NomicMoEModel:
+def model(library: str) -> NomicMoEModel:
     """The golden data's tiny model, its matrices packed."""
     model = NomicMoEModel.from_pretrained(data.TINY, device="cpu")
     embed(model)
@@ -451,6 +532,7 @@ def test_hidden_states_are_not_overwritten(model: NomicMoEModel) -> None:
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
 
 
+@pytest.mark.usefixtures("library")
 def test_dtypes_it_lacks_run_as_they_did() -> None:
     model = NomicMoEModel.from_pretrained(data.TINY, device="cpu").double()
     assert embed(model).dtype == torch.float64
@@ -460,6 +542,7 @@ def test_dtypes_it_lacks_run_as_they_did() -> None:
     assert packed(model)
 
 
+@pytest.mark.parametrize("library", ["onednn"], indirect=True)
 def test_a_batch_shows_onednn_few_numbers_of_rows(model: NomicMoEModel, shown: list[int]) -> None:
     """And what it is rounded up by is in no output."""
     plain = NomicMoEModel.from_pretrained(data.TINY, device="cpu")

@@ -1,20 +1,20 @@
 """The operations of `nomoe_kernels.reference` for inference on a CPU: same names, same results.
 
-Products run in oneDNN on matrices laid out for it in advance, see `pack_weight`, with the bias and
-the exact GELU in the product's last step. Nothing here has a gradient, and an operation may
-overwrite the activations it is given.
+Products run in oneDNN or MKL on matrices laid out for it in advance, see `matrices`. Nothing here
+has a gradient, and an operation may overwrite the activations it is given.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import accumulate, groupby
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .matrices import Matrix, in_mkl, pack_weight
 from .reference import MoEWeights, Norm, embed, pool, rotary_angles, route
 
 __all__ = [
@@ -27,12 +27,10 @@ __all__ = [
     "pack_weight",
     "pool",
     "round_up",
+    "rows_wanted",
     "supports",
-    "unpack_weight",
 ]
 
-# oneDNN lays a matrix out by the rows it expects; one layout serves a query and a batch alike
-_ROWS_EXPECTED = 1024
 # rows of one expert that go through both of its products before the next ones do
 _ROWS_AT_ONCE = 512
 
@@ -46,25 +44,9 @@ def supports(dtype: torch.dtype) -> bool:
     return dtype == torch.float32
 
 
-def pack_weight(weight_OI: Tensor) -> Tensor:
-    """Lay an (O, I) matrix out for oneDNN, in new memory."""
-    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight_OI.contiguous(), _ROWS_EXPECTED)
-    return packed
-
-
-def unpack_weight(packed_OI: Tensor) -> Tensor:
-    """Undo `pack_weight`, exactly."""
-    return packed_OI.to_dense()
-
-
-def linear(x_TI: Tensor, packed_OI: Tensor, bias_O: Tensor | None, *, gelu: bool = False) -> Tensor:
+def linear(x_TI: Tensor, weight_OI: Matrix, bias_O: Tensor | None, *, gelu: bool = False) -> Tensor:
     """As `reference.linear`, with a packed matrix."""
-    # looked up here, since a torch without oneDNN has no such operator; the last "none" is the GELU
-    # without an approximation, that is by erf
-    out_TO: Tensor = torch.ops.mkldnn._linear_pointwise.default(
-        x_TI, packed_OI, bias_O, "gelu" if gelu else "none", [], "none"
-    )
-    return out_TO
+    return weight_OI.linear(x_TI, bias_O, gelu=gelu)
 
 
 def add_layer_norm(x_TD: Tensor, y_TD: Tensor, norm: Norm) -> Tensor:
@@ -147,6 +129,11 @@ def round_up(rows: int, sizes: int = 32) -> int:
     return -(-rows // step) * step
 
 
+def rows_wanted(rows: int, dtype: torch.dtype, sizes: int = 32) -> int:
+    """How many rows a product of so many should have: `round_up`, or as many where MKL runs it."""
+    return rows if in_mkl(dtype) else round_up(rows, sizes)
+
+
 def moe_block(
     x_TD: Tensor, y_TD: Tensor, norm: Norm, moe: MoEWeights, next_norm: Norm
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -155,6 +142,8 @@ def moe_block(
     w1_EDF and w2_EFD of the weights are sequences of packed matrices, (F, D) and (D, F), one of
     each for an expert.
     """
+    w1_E: Any = moe.w1_EDF
+    w2_E: Any = moe.w2_EFD
     normed_TD = _add_layer_norm(x_TD, y_TD, norm)
     weights_TK, experts_TK = route(normed_TD, moe.router_ED, moe.top_k, normalize=moe.normalize)
     z_TD = normed_TD.to(x_TD.dtype)
@@ -169,12 +158,11 @@ def moe_block(
     # one expert at a time, some rows at a time: the (rows, F) between its products stays in the
     # cache, and oneDNN meets few numbers of rows
     products = []
-    for start, count, w1_FD, w2_DF in zip(
-        accumulate(counts[:-1], initial=0), counts, moe.w1_EDF, moe.w2_EFD, strict=True
-    ):
+    starts = accumulate(counts[:-1], initial=0)
+    for start, count, w1_FD, w2_DF in zip(starts, counts, w1_E, w2_E, strict=True):
         for done in range(0, count, _ROWS_AT_ONCE):
             some = min(count - done, _ROWS_AT_ONCE)
-            rows = rows_RD[start + done :][: round_up(some, 16)]
+            rows = rows_RD[start + done :][: rows_wanted(some, x_TD.dtype, 16)]
             products.append(linear(linear(rows, w1_FD, None, gelu=True), w2_DF, None)[:some])
     # one row more for the bias, which every token adds to its own; float32 makes all float32
     products_RD = torch.cat([*products, moe.bias_D.float()[None]])
