@@ -140,7 +140,7 @@ def run_alone(inputs: Path, output: Path, options: dict[str, Any], pipe: Any) ->
             "resident_at_10": curve[POINTS // 10 - 1][2],
             "resident_at_50": curve[POINTS // 2 - 1][2],
             # the last sample may be taken after the model is gone
-            "resident_at_end": max(
+            "resident_last_tenth": max(
                 size for _, rows, size in meter.samples if rows >= 0.9 * report.rows
             ),
             "resident_peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
@@ -216,7 +216,7 @@ def render(record: dict[str, Any]) -> str:
     one, model = record["one_process"], record["model"]
     whole, forward, reading = (one[name] for name in ("seconds", "forward_s", "reading_s"))
     overhead = whole - forward
-    growth = one["resident_at_end"] / one["resident_at_10"] - 1
+    growth = one["resident_last_tenth"] / one["resident_at_10"] - 1
     cells = [
         ["", "seconds", "share"],
         ["whole run", f"{whole:,.1f}", ""],
@@ -229,7 +229,7 @@ def render(record: dict[str, Any]) -> str:
         for name, key in (
             ("after 10 % of the rows", "resident_at_10"),
             ("after half", "resident_at_50"),
-            ("at most in the last tenth", "resident_at_end"),
+            ("at most in the last tenth", "resident_last_tenth"),
             ("at most", "resident_peak"),
         )
     ]
@@ -311,7 +311,7 @@ def main(arguments: list[str] | None = None) -> int:
     }
     script.finish(record, args, "bench_corpus" + ("-ray" if args.ray else ""), render(record))
     overhead = 1 - one["forward_s"] / one["seconds"]
-    growth = one["resident_at_end"] / one["resident_at_10"] - 1
+    growth = one["resident_last_tenth"] / one["resident_at_10"] - 1
     missed = [
         *([f"overhead {overhead:.1%}"] if overhead > MOST_OVERHEAD else []),
         *([f"memory {growth:+.1%}"] if abs(growth) > MOST_GROWTH else []),

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -14,10 +16,13 @@ if not torch.cuda.is_available():
     # decides at the import of a kernel how it runs
     os.environ["TRITON_INTERPRET"] = "1"
 
+import nomoe
 from benchmarks.workload import write_shallow
-from nomoe import Encoder, NomicMoEModel, synthetic
+from nomoe import Encoder, NomicMoEModel, data, synthetic
 from nomoe.corpus import workers
 from nomoe.verify import full_width_model
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 
 # the models here are tiny: threads gain nothing, and on a busy machine they wait for each other
 torch.set_num_threads(1)
@@ -68,3 +73,25 @@ def full_width() -> NomicMoEModel:
 def warnings_of_nomoe(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
     caplog.set_level(logging.WARNING, logger="nomoe")
     return caplog
+
+
+@pytest.fixture
+def bench_encoder(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """The script as a module; it finds its siblings beside it, as when it is run."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    yield importlib.import_module("bench_encoder")
+    # one of its contenders registers
+    nomoe.unregister()
+
+
+@pytest.fixture
+def bench_cpu(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """As `bench_encoder`."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    return importlib.import_module("bench_cpu")
+
+
+@pytest.fixture(scope="session")
+def golden_tiny() -> NomicMoEModel:
+    """The golden data's tiny model, without gradients. Tests must not change it."""
+    return NomicMoEModel.from_pretrained(data.TINY, device="cpu").requires_grad_(False)
