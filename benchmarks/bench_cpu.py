@@ -302,7 +302,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--report-memory", nargs=2, help=argparse.SUPPRESS)
     args = script.parse(parser, arguments)
     if not cpu.supports(torch.float32):
-        parser.error("this torch has no oneDNN, which nomoe's products on a CPU run in")
+        parser.error("this torch has no oneDNN, without which nomoe packs no matrices on a CPU")
     if args.report_memory:
         report_memory(Path(args.report_memory[0]), args.report_memory[1])
         return 0

@@ -7,11 +7,13 @@ import importlib
 import multiprocessing
 import os
 import pickle
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -75,6 +77,7 @@ def test_linear(rows: int, dtype: torch.dtype) -> None:
         for seed, shape in enumerate(((rows, 96), (80, 96), (80,)))
     )
     packed = cpu.pack_weight(weight_OI)
+    assert isinstance(packed, matrices.MklMatrix) == matrices.in_mkl(dtype)
     exact = F.linear(x_TI.double(), weight_OI.double(), bias_O.double())
     for gelu in (False, True):
         result = cpu.linear(x_TI, packed, bias_O, gelu=gelu)
@@ -96,7 +99,7 @@ def test_the_gelu_is_the_exact_one() -> None:
 
 def test_packing_loses_nothing(dtype: torch.dtype) -> None:
     weight_OI = normal(80, 96, dtype=dtype)
-    # the smallest number there is, which arithmetic may take for zero, and the largest
+    # a subnormal number, which arithmetic may take for zero, and the largest
     weight_OI[0, :2] = torch.tensor([2.0**-133, torch.finfo(dtype).max])
     for matrix in (weight_OI, weight_OI.T):
         assert torch.equal(cpu.pack_weight(matrix).unpack(), matrix)
@@ -108,19 +111,58 @@ def test_packing_loses_no_infinity(number: float) -> None:
     weight_OI = normal(80, 96)
     weight_OI[3, 5] = number
     packed = cpu.pack_weight(weight_OI)
+    assert isinstance(packed, matrices.OneDnnMatrix)
     torch.testing.assert_close(packed.unpack(), weight_OI, atol=0, rtol=0, equal_nan=True)
     good = torch.arange(80) != 3
     assert cpu.linear(normal(4, 96), packed, None)[:, good].isfinite().all()
 
 
-@pytest.mark.skipif("mkl" not in LIBRARIES, reason="torch has no MKL here")
-@pytest.mark.parametrize(("O", "I"), [(768, 3072), (3072, 768)])
-def test_a_row_in_mkl_has_the_same_bits_in_any_company(O: int, I: int) -> None:  # noqa: E741
-    packed = matrices.MklMatrix.pack(normal(O, I))
-    x_TI, bias_O = normal(700, I, seed=1), normal(O, seed=2)
-    every_TO = cpu.linear(x_TI, packed, bias_O, gelu=True)
-    for rows in (1, 2, 5, 16, 17, 64, 129, 512):
-        assert torch.equal(cpu.linear(x_TI[:rows], packed, bias_O, gelu=True), every_TO[:rows])
+@pytest.mark.usefixtures("library")
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
+def test_unpacking_under_another_default(default: torch.dtype) -> None:
+    weight_OI = normal(80, 96)
+    packed = cpu.pack_weight(weight_OI)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    try:
+        with torch.device("meta"):
+            back = packed.unpack()
+    finally:
+        torch.set_default_dtype(before)
+    assert torch.equal(back, weight_OI)
+
+
+@pytest.mark.usefixtures("library")
+@pytest.mark.parametrize(
+    ("x_shape", "bias_shape"), [((4, 48), (80,)), ((4, 200), (80,)), ((4, 96), (3,))]
+)
+def test_shapes_that_do_not_fit_are_refused(
+    x_shape: tuple[int, ...], bias_shape: tuple[int, ...]
+) -> None:
+    packed = cpu.pack_weight(normal(80, 96))
+    with pytest.raises((ValueError, RuntimeError)):
+        cpu.linear(normal(*x_shape), packed, normal(*bias_shape))
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "expected"),
+    [
+        ("processor\t: 0\nvendor_id\t: GenuineIntel\nmodel\t: 207\n", True),
+        ("processor\t: 0\nvendor_id\t: AuthenticAMD\nmodel\t: 17\n", False),
+        ("processor\t: 0\nBogoMIPS\t: 243.75\nCPU implementer\t: 0x41\n", False),
+        (None, True),
+    ],
+    ids=["Intel", "AMD", "ARM", "Windows"],
+)
+def test_intel_is_told_by_its_name(
+    cpuinfo: str | None, expected: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    if cpuinfo is not None:
+        (tmp_path / "cpuinfo").write_text(cpuinfo)
+    monkeypatch.setattr(matrices, "_CPUINFO", tmp_path / "cpuinfo")
+    name = "Intel64 Family 6 Model 85 Stepping 7, GenuineIntel"
+    monkeypatch.setattr(matrices.platform, "processor", lambda: name)
+    assert matrices._is_intel.__wrapped__() == expected
 
 
 @pytest.mark.skipif("mkl" not in LIBRARIES, reason="torch has no MKL here")
@@ -252,8 +294,14 @@ def test_mkl_multiplies_no_rows_in_vain(shown: list[int], monkeypatch: pytest.Mo
 
 
 def test_a_torch_without_onednn_imports_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.ops, "mkldnn", object())
-    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    for library in (torch.backends.mkldnn, torch.backends.mkl):
+        monkeypatch.setattr(library, "is_available", lambda: False)
+    for name in ("mkldnn", "mkl"):
+        monkeypatch.setattr(torch.ops, name, object())
+    with pytest.MonkeyPatch.context() as patch:
+        # imported as for the first time, and gone again
+        patch.delitem(sys.modules, "nomoe_kernels.matrices")
+        importlib.import_module("nomoe_kernels.matrices")
     reloaded = importlib.reload(cpu)
     assert not reloaded.supports(torch.float32)
     model = NomicMoEModel.from_pretrained(data.TINY, device="cpu")
