@@ -24,31 +24,39 @@ CPU = torch.device("cpu")
 BOUND = Deviation(cosine_distance=1e-8, max_abs=1e-4)
 
 
-# --- bench_encoder
-
-
-def test_smoke_run_writes_its_results(tmp_path):
-    command = ["benchmarks/bench_encoder.py", "--smoke", "--device=cpu", "--repeats=2"]
-    # two threads on a busy machine spend their time waiting for each other
-    command.append("--threads=1")
-    search = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+def run_small(script, output, *options, interpreted=True):
+    """Run a script's smoke test in a process of its own; what it printed."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
+    if not interpreted:
+        environment.pop("TRITON_INTERPRET", None)
     done = subprocess.run(
-        [sys.executable, *command, "--output", str(tmp_path)],
+        [sys.executable, f"benchmarks/{script}.py", "--smoke", *options, f"--output={output}"],
         cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": search},
+        env=environment,
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+# --- bench_encoder
+
+
+def test_smoke_run_writes_its_results(tmp_path):
+    # two threads on a busy machine spend their time waiting for each other
+    options = ["--device=cpu", "--repeats=2", "--threads=1"]
+    printed = run_small("bench_encoder", tmp_path, *options)
     markdown, record = sorted(tmp_path.iterdir(), key=lambda path: path.suffix, reverse=True)
     assert record.name == markdown.with_suffix(".json").name
     assert record.name.endswith("-bench_encoder-cpu-float32-smoke.json")
-    assert done.stdout.strip() == markdown.read_text(encoding="utf-8").strip()
+    assert printed.strip() == markdown.read_text(encoding="utf-8").strip()
 
     content = json.loads(record.read_text(encoding="utf-8"))
     assert record.name.startswith(content["date"])
-    assert content["command"] == f"python {' '.join(command)} --output {tmp_path}"
+    command = f"benchmarks/bench_encoder.py --smoke {' '.join(options)} --output={tmp_path}"
+    assert content["command"] == f"python {command}"
     for part in ("threads used: 1)", "Python 3.", f"torch {torch.__version__}", "nomoe "):
         assert part in content["machine"]
     assert content["settings"]["dtype"] == "float32"
@@ -166,18 +174,8 @@ def test_a_layer_that_is_wrong_only_in_the_middle_is_refused(bench_moe):
 
 
 def test_smoke_run_of_a_layer(tmp_path):
-    command = ["benchmarks/bench_moe.py", "--smoke", "--device=cpu", "--repeats=1", "--tokens=9"]
-    search = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, *command, "--output", str(tmp_path)],
-        cwd=ROOT,
-        env=environment | {"PYTHONPATH": search},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    options = ["--device=cpu", "--repeats=1", "--tokens=9"]
+    run_small("bench_moe", tmp_path, *options, interpreted=False)
     record = json.loads(
         next(tmp_path.glob("*-bench_moe-layer-cpu-bfloat16-smoke.json")).read_text()
     )
@@ -345,18 +343,8 @@ def test_smoke_run_of_scaling(bench_encoder, tmp_path):
 
 
 def test_smoke_run_of_the_engine(tmp_path):
-    command = ["benchmarks/bench_engine.py", "--smoke", "--device=cpu", "--repeats=2"]
-    search = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, *command, "--corpus-repeats=1", "--output", str(tmp_path)],
-        cwd=ROOT,
-        env=environment | {"PYTHONPATH": search, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    options = ["--device=cpu", "--repeats=2", "--corpus-repeats=1", "--threads=1"]
+    run_small("bench_engine", tmp_path, *options, interpreted=False)
     record = json.loads(next(tmp_path.glob("*-bench_engine-cpu-float32-smoke.json")).read_text())
     titles = ["one query", "1 text of 16 tokens", "3 texts of 8 tokens"]
     assert [case["title"] for case in record["cases"]] == [
@@ -377,17 +365,7 @@ def test_smoke_run_of_the_engine(tmp_path):
 
 @pytest.mark.slow
 def test_smoke_run_of_a_corpus(tmp_path):
-    command = ["benchmarks/bench_corpus.py", "--smoke", "--rows=900"]
-    search = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
-    done = subprocess.run(
-        [sys.executable, *command, "--output", str(tmp_path)],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": search},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    printed = run_small("bench_corpus", tmp_path, "--rows=900")
     content = json.loads(next(tmp_path.glob("*-bench_corpus-smoke.json")).read_text())
     one = content["one_process"]
     assert one["rows"] == content["checked"] == 900
@@ -397,7 +375,7 @@ def test_smoke_run_of_a_corpus(tmp_path):
     assert one["curve"][-1]["rows"] == 900
     assert one["curve"][-1]["resident"] <= one["resident_peak"]
     overhead = (one["seconds"] - one["forward_s"]) / one["seconds"]
-    assert f"Overhead {overhead:.1%} (at most 15%)" in done.stdout
+    assert f"Overhead {overhead:.1%} (at most 15%)" in printed
 
 
 def test_memory_is_sampled_after_the_end_of_a_block(monkeypatch):

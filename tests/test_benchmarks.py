@@ -7,7 +7,6 @@ import sys
 from itertools import chain
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -22,11 +21,6 @@ from nomoe_kernels import cpu
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
 BOUND = Deviation(cosine_distance=1e-8, max_abs=1e-4)
-
-
-def draw_texts(lengths):
-    generator = np.random.default_rng(1)
-    return [generator.integers(0, 512, size=length).tolist() for length in lengths]
 
 
 # --- the work
@@ -221,7 +215,7 @@ def test_flop_of_the_real_model():
 
 
 def test_ceiling_runs_the_products_of_the_forward(golden_tiny, monkeypatch):
-    texts = draw_texts([30, 3])
+    texts = [list(range(30)), [7, 8, 9]]
     packed = peers.Packed(golden_tiny)
     routed = packed.routed_rows(texts)
     assert [sum(rows) for rows in routed] == [2 * 33] * len(golden_tiny.config.moe_layers)
