@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import nomoe_kernels
 from nomoe import NomicMoEModel, data
 from nomoe.moe import LAYING_OUT, Linear, MoE, Packable
 from nomoe_kernels import cpu, matrices, reference
@@ -40,12 +41,6 @@ def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     """Where products in float32 run: both can, whatever this CPU is."""
     monkeypatch.setattr(matrices, "_is_intel", lambda: request.param == "mkl")
     return str(request.param)
-
-
-@pytest.fixture
-def onednn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Products run in oneDNN."""
-    monkeypatch.setattr(matrices, "_is_intel", lambda: False)
 
 
 @pytest.fixture(params=KINDS, ids=lambda kind: f"{kind[0]}-{kind[1]}")
@@ -259,7 +254,8 @@ def shown(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return rows
 
 
-@pytest.mark.usefixtures("onednn")
+@pytest.mark.parametrize("library", ["onednn"], indirect=True)
+@pytest.mark.usefixtures("library")
 def test_experts_show_onednn_few_numbers_of_rows(shown: list[int]) -> None:
     """It compiles a product for each."""
     D, every = 32, set()
@@ -284,10 +280,7 @@ def test_mkl_multiplies_no_rows_in_vain(shown: list[int], monkeypatch: pytest.Mo
     with torch.no_grad():
         model.forward_packed(torch.arange(129), [100, 29])
     dense = [rows for rows in shown if rows == 129]
-    layers, moe = (
-        model.config.n_layer,
-        sum(map(model.config.is_moe_layer, range(model.config.n_layer))),
-    )
+    layers, moe = model.config.n_layer, len(model.config.moe_layers)
     assert len(dense) == 2 * layers + 2 * (layers - moe)
     # both products of each expert
     assert sum(shown) - sum(dense) == moe * 2 * 2 * 129
@@ -300,6 +293,7 @@ def test_a_torch_without_onednn_imports_it(monkeypatch: pytest.MonkeyPatch) -> N
         monkeypatch.setattr(torch.ops, name, object())
     with pytest.MonkeyPatch.context() as patch:
         # imported as for the first time, and gone again
+        patch.setattr(nomoe_kernels, "matrices", matrices)
         patch.delitem(sys.modules, "nomoe_kernels.matrices")
         importlib.import_module("nomoe_kernels.matrices")
     reloaded = importlib.reload(cpu)
