@@ -28,6 +28,7 @@ from .moe import (
     Ops,
     Packable,
     TableOps,
+    compiled_if_plain,
     cpu_ops,
     rows_wanted,
     select_backend,
@@ -121,8 +122,9 @@ class Layer(nn.Module):
         self.mlp: Mlp | MoE = MoE(config) if moe else Mlp(config)
         self.norm2 = LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
 
+    @compiled_if_plain
     def forward(
-        self, x_TD: Tensor, packing: Any, ops: Ops
+        self, x_TD: Tensor, packing: Any, *, ops: Ops
     ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
         """Apply the layer; also return a MoE layer's router weights and experts, (T, K) each."""
         y_TD = self.attn(x_TD, packing, ops)
@@ -370,6 +372,7 @@ class NomicMoEModel(nn.Module):
             span=input_ids.shape[1],
             output_hidden_states=output_hidden_states,
             output_routing=output_routing,
+            ops=self._lay_out(),
         )
 
         def pad(hidden_TD: Tensor) -> Tensor:
@@ -378,9 +381,12 @@ class NomicMoEModel(nn.Module):
             return hidden_BLD.index_put(where, hidden_TD)
 
         hidden = packed.hidden_states
-        return packed._replace(
-            last_hidden_state=pad(packed.last_hidden_state),
-            hidden_states=None if hidden is None else tuple(pad(one) for one in hidden),
+        # not _replace: code that torch 2.11 compiles gets an empty tuple from it
+        return NomicMoEOutput(
+            pad(packed.last_hidden_state),
+            None if hidden is None else tuple(pad(one) for one in hidden),
+            packed.router_weights,
+            packed.router_experts,
         )
 
     def forward_packed(
@@ -439,6 +445,7 @@ class NomicMoEModel(nn.Module):
             span=max(lengths, default=1),
             output_hidden_states=output_hidden_states,
             output_routing=output_routing,
+            ops=self._lay_out(),
         )
 
     def _forward_opaque(
@@ -526,14 +533,14 @@ class NomicMoEModel(nn.Module):
                     f"{self.config.embedding_rows}"
                 )
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _lay_out(self) -> Ops:
         """Have the weights as the forward that follows wants them, and give its kernels."""
         ops = None
         is_cpu = self.backend.name == "torch" and self.device.type == "cpu"
         if is_cpu and self.packs_matrices and not self.training:
-            needs_parameters = torch.compiler.is_compiling() or (
-                torch.is_grad_enabled()
-                and any(one.requires_grad for _, one in super().named_parameters())
+            needs_parameters = torch.is_grad_enabled() and any(
+                one.requires_grad for _, one in super().named_parameters()
             )
             ops = None if needs_parameters else cpu_ops(self.dtype)
         with LAYING_OUT:
@@ -544,6 +551,7 @@ class NomicMoEModel(nn.Module):
                     part.pack()
         return ops or self.backend.ops
 
+    @compiled_if_plain
     def _encode(
         self,
         ids_T: Tensor,
@@ -553,9 +561,8 @@ class NomicMoEModel(nn.Module):
         span: int,
         output_hidden_states: bool,
         output_routing: bool,
-        ops: Ops | None = None,
+        ops: Ops,
     ) -> NomicMoEOutput:
-        ops = self._lay_out() if ops is None else ops
         tokens = len(ids_T)
         if more := rows_wanted(ops, tokens, self.dtype) - tokens:
             # one text more, which is cut off in the end
@@ -574,7 +581,7 @@ class NomicMoEModel(nn.Module):
         hidden = [x_TD[:tokens]]
         routings = []
         for layer in self.encoder.layers:
-            x_TD, routing = layer(x_TD, packing, ops)
+            x_TD, routing = layer(x_TD, packing, ops=ops)
             if output_hidden_states:
                 hidden.append(x_TD[:tokens])
             if routing is not None and output_routing:

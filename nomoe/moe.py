@@ -6,8 +6,9 @@ import math
 import os
 import threading
 from collections.abc import Callable, Sequence
+from functools import wraps
 from importlib.util import find_spec
-from typing import Any, Literal, NamedTuple, Protocol, Self
+from typing import Any, Literal, NamedTuple, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ from nomoe_kernels.reference import Pooling as Pooling
 from .config import NomicMoEConfig
 
 BackendName = Literal["auto", "torch", "triton"]
+Result = TypeVar("Result")
 
 
 class Ops(Protocol):
@@ -109,6 +111,22 @@ class Backend(NamedTuple):
 def cpu_ops(dtype: torch.dtype) -> Ops | None:
     """Give the kernels for inference on a CPU, or None for a dtype that they do not take."""
     return cpu if cpu.supports(dtype) else None
+
+
+def compiled_if_plain(method: Callable[..., Result]) -> Callable[..., Result]:
+    """Have torch.compile leave a method alone unless its argument `ops` is plain torch.
+
+    The compiler takes packed matrices and Triton kernels for something of its own, and gains
+    nothing beside them.
+    """
+    alone = torch.compiler.disable(method)
+
+    @wraps(method)
+    def run(*args: Any, ops: Ops, **options: Any) -> Result:
+        is_plain = ops is reference or not torch.compiler.is_compiling()
+        return (method if is_plain else alone)(*args, ops=ops, **options)
+
+    return run
 
 
 def rows_wanted(ops: Ops | TableOps, tokens: int, dtype: torch.dtype) -> int:

@@ -52,6 +52,19 @@ def test_a_function_that_calls_the_model_compiles_whole(as_tensor: bool) -> None
             assert torch.equal(whole(ids_T.to(DEVICE), given), expected)
 
 
+def test_a_compiled_padded_forward() -> None:
+    """Not whole: what runs the kernels the compiler leaves alone."""
+    model = small_model()
+    ids_BL = torch.tensor([[1, 2, 3], [4, 5, 0]], device=DEVICE)
+    mask_BL = (ids_BL > 0).long()
+    torch.compiler.reset()
+    partly = torch.compile(model, backend="aot_eager")
+    with torch.no_grad():
+        expected, got = model(ids_BL, mask_BL), partly(ids_BL, mask_BL)
+    assert len(got) == len(expected)
+    assert torch.equal(got[0], expected[0])
+
+
 def test_all_outputs_come_through() -> None:
     model = small_model()
     ids_T, lengths = packed(batch_of([2, 3]))
