@@ -69,8 +69,8 @@ def shallow(shallow_folder: Path) -> Encoder:
 
 
 @pytest.fixture
-def model(shallow_folder: Path) -> dict[str, Any]:
-    """Of a corpus: the arguments that say which model embeds it, and where."""
+def shallow_model(shallow_folder: Path) -> dict[str, Any]:
+    """For a corpus: the arguments that say which model embeds it, and where."""
     return {"model": shallow_folder, "device": "cpu"}
 
 

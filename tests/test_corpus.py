@@ -29,11 +29,11 @@ pq = pytest.importorskip("pyarrow.parquet")
     "suffix", [".parquet", ".arrow", ".arrows", ".feather", ".jsonl", ".csv", ".tsv", ".txt"]
 )
 def test_every_format_gives_the_encoders_vectors_row_for_row(
-    tmp_path: Path, suffix: str, model: dict[str, Any], shallow: Encoder
+    tmp_path: Path, suffix: str, shallow_model: dict[str, Any], shallow: Encoder
 ) -> None:
     rows = make_rows(130)
     source = write(tmp_path / f"in{suffix}", rows)
-    report = embed_corpus(source, tmp_path / "out", shard_rows=50, **model)
+    report = embed_corpus(source, tmp_path / "out", shard_rows=50, **shallow_model)
     assert (report.rows, report.shards, report.embedded) == (130, 3, 130)
     names = sorted(path.name for path in (tmp_path / "out").glob("*.parquet"))
     assert names == [f"part-{index:06d}.parquet" for index in range(3)]
@@ -60,11 +60,11 @@ def test_every_format_gives_the_encoders_vectors_row_for_row(
 @pytest.mark.parametrize("out", [".parquet", ".jsonl", ".npy"])
 @pytest.mark.parametrize("suffix", [".parquet", ".jsonl"])
 def test_one_file_has_the_bits_of_the_folder(
-    tmp_path: Path, suffix: str, out: str, model: dict[str, Any]
+    tmp_path: Path, suffix: str, out: str, shallow_model: dict[str, Any]
 ) -> None:
     rows = make_rows(90)
     source = write(tmp_path / f"in{suffix}", rows)
-    options = {"shard_rows": 40, **model}
+    options = {"shard_rows": 40, **shallow_model}
     embed_corpus(source, tmp_path / "out", **options)
     expected = vectors_of(read(tmp_path / "out"))
     target = tmp_path / f"out{out}"
@@ -85,11 +85,11 @@ def test_one_file_has_the_bits_of_the_folder(
 
 @pytest.mark.parametrize("precision", ["float16", "int8", "uint8", "binary", "ubinary"])
 def test_precisions(
-    tmp_path: Path, precision: str, model: dict[str, Any], shallow: Encoder
+    tmp_path: Path, precision: str, shallow_model: dict[str, Any], shallow: Encoder
 ) -> None:
     source = write(tmp_path / "in.txt", make_rows(40))
-    embed_corpus(source, tmp_path / "out", precision=precision, dim=64, **model)
-    embed_corpus(source, tmp_path / "out.npy", precision=precision, dim=64, **model)
+    embed_corpus(source, tmp_path / "out", precision=precision, dim=64, **shallow_model)
+    embed_corpus(source, tmp_path / "out.npy", precision=precision, dim=64, **shallow_model)
     found, alone = vectors_of(read(tmp_path / "out")), np.load(tmp_path / "out.npy")
     assert found.dtype == alone.dtype
     assert np.array_equal(found, alone)
@@ -106,18 +106,18 @@ def test_precisions(
 
 
 def test_prompt_dim_and_length_reach_the_model(
-    tmp_path: Path, model: dict[str, Any], shallow: Encoder
+    tmp_path: Path, shallow_model: dict[str, Any], shallow: Encoder
 ) -> None:
     texts = make_texts(30)
     source = write(tmp_path / "in.jsonl", [{"text": text} for text in texts])
-    embed_corpus(source, tmp_path / "q.npy", prompt_name="query", dim=32, **model)
+    embed_corpus(source, tmp_path / "q.npy", prompt_name="query", dim=32, **shallow_model)
     expected = shallow.encode_query(texts, truncate_dim=32)
     np.testing.assert_allclose(np.load(tmp_path / "q.npy"), expected, atol=2e-6)
-    embed_corpus(source, tmp_path / "p.npy", prompt="classification: ", **model)
+    embed_corpus(source, tmp_path / "p.npy", prompt="classification: ", **shallow_model)
     expected = shallow.encode(texts, "Classification")
     np.testing.assert_allclose(np.load(tmp_path / "p.npy"), expected, atol=2e-6)
-    report = embed_corpus(source, tmp_path / "short.npy", max_seq_length=8, **model)
-    short = Encoder.from_pretrained(model["model"], device="cpu", max_seq_length=8)
+    report = embed_corpus(source, tmp_path / "short.npy", max_seq_length=8, **shallow_model)
+    short = Encoder.from_pretrained(shallow_model["model"], device="cpu", max_seq_length=8)
     expected = short.encode_document(texts)
     np.testing.assert_allclose(np.load(tmp_path / "short.npy"), expected, atol=2e-6)
     lengths = [
@@ -127,23 +127,23 @@ def test_prompt_dim_and_length_reach_the_model(
     assert report.tokens == sum(min(length, 8) for length in lengths)
 
 
-def test_chosen_columns(tmp_path: Path, model: dict[str, Any]) -> None:
+def test_chosen_columns(tmp_path: Path, shallow_model: dict[str, Any]) -> None:
     for suffix in (".jsonl", ".parquet"):
         source = write(tmp_path / f"in{suffix}", make_rows(20))
         out = tmp_path / f"chosen{suffix[1:]}"
-        embed_corpus(source, out, columns=["score", "id"], **model)
+        embed_corpus(source, out, columns=["score", "id"], **shallow_model)
         table = read(out)
         assert table.column_names == ["source_row", "score", "id", "embedding"]
         assert table["id"].to_pylist() == [row["id"] for row in make_rows(20)]
         out = tmp_path / f"none{suffix[1:]}"
-        embed_corpus(source, out, columns=[], **model)
+        embed_corpus(source, out, columns=[], **shallow_model)
         assert read(out).column_names == ["source_row", "embedding"]
-        embed_corpus(source, out.with_suffix(".jsonl"), columns=["id"], **model)
+        embed_corpus(source, out.with_suffix(".jsonl"), columns=["id"], **shallow_model)
         line = json.loads(out.with_suffix(".jsonl").read_text().splitlines()[3])
         assert set(line) == {"id", "embedding"}
 
 
-def test_folders_patterns_lists_and_uris(tmp_path: Path, model: dict[str, Any]) -> None:
+def test_folders_patterns_lists_and_uris(tmp_path: Path, shallow_model: dict[str, Any]) -> None:
     rows = make_rows(60)
     folder = tmp_path / "data"
     (folder / "b").mkdir(parents=True)
@@ -165,8 +165,8 @@ def test_folders_patterns_lists_and_uris(tmp_path: Path, model: dict[str, Any]) 
     ]
     assert [one.path for one in find_sources(f"{uri}/b/1.parquet")] == [f"{uri}/b/1.parquet"]
     # a shard may hold rows of several files
-    embed_corpus(uri, tmp_path / "out", shard_rows=25, **model)
-    embed_corpus(folder, tmp_path / "here", shard_rows=25, **model)
+    embed_corpus(uri, tmp_path / "out", shard_rows=25, **shallow_model)
+    embed_corpus(folder, tmp_path / "here", shard_rows=25, **shallow_model)
     table = read(tmp_path / "out")
     assert table["id"].to_pylist() == [row["id"] for row in rows]
     assert table.equals(read(tmp_path / "here"))
@@ -207,7 +207,7 @@ def test_files_come_in_one_order_however_they_are_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("form", ["file://{}", "file://{}/in.jsonl", "file://{}/*.jsonl"])
 def test_options_of_a_uri_are_its_file_systems(
-    tmp_path: Path, form: str, model: dict[str, Any]
+    tmp_path: Path, form: str, shallow_model: dict[str, Any]
 ) -> None:
     folder = tmp_path / "in"
     folder.mkdir()
@@ -222,7 +222,7 @@ def test_options_of_a_uri_are_its_file_systems(
         find_sources([folder / "in.jsonl", f"{uri}?use_mmap=true"])
     if not uri.endswith("in.jsonl"):
         with pytest.raises(ValueError, match="inside the input"):
-            embed_corpus(f"{uri}?use_mmap=true", folder / "out.jsonl", **model)
+            embed_corpus(f"{uri}?use_mmap=true", folder / "out.jsonl", **shallow_model)
 
 
 def test_a_pattern_may_hold_what_looks_like_an_option(tmp_path: Path) -> None:
@@ -244,11 +244,11 @@ def test_names_that_are_not_utf8_are_refused(tmp_path: Path) -> None:
             find_sources(given)
 
 
-def test_lines_from_a_uri(tmp_path: Path, model: dict[str, Any]) -> None:
+def test_lines_from_a_uri(tmp_path: Path, shallow_model: dict[str, Any]) -> None:
     for suffix in (".jsonl", ".csv"):
         source = write(tmp_path / f"in{suffix}", make_rows(70))
         out = tmp_path / suffix[1:]
-        embed_corpus(source.as_uri(), out, shard_rows=30, **model)
+        embed_corpus(source.as_uri(), out, shard_rows=30, **shallow_model)
         assert read(out)["text"].to_pylist() == make_texts(70)
 
 
@@ -315,10 +315,12 @@ def test_shards_hold_every_good_row_once(tmp_path: Path, suffix: str, shard_rows
         assert found == {row: rows[row]["text"] for row in good}
 
 
-def test_limit(tmp_path: Path, model: dict[str, Any]) -> None:
+def test_limit(tmp_path: Path, shallow_model: dict[str, Any]) -> None:
     write(tmp_path / "a.jsonl", make_rows(30))
     write(tmp_path / "b.jsonl", make_rows(30))
     inputs = str(tmp_path / "*.jsonl")
-    assert embed_corpus(inputs, tmp_path / "out", limit=41, shard_rows=25, **model).rows == 41
+    assert (
+        embed_corpus(inputs, tmp_path / "out", limit=41, shard_rows=25, **shallow_model).rows == 41
+    )
     ids = [row["id"] for row in make_rows(30)]
     assert read(tmp_path / "out")["id"].to_pylist() == ids + ids[:11]

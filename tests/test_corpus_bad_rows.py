@@ -45,11 +45,11 @@ def mixed(tmp_path: Path) -> Path:
 
 
 def test_mixed_parquet(
-    tmp_path: Path, mixed: Path, model: dict[str, Any], shallow: Encoder
+    tmp_path: Path, mixed: Path, shallow_model: dict[str, Any], shallow: Encoder
 ) -> None:
     with pytest.raises(ValueError, match=r"1\.parquet, row 3 \(the first is 0\): null; on_bad="):
-        embed_corpus(mixed, tmp_path / "out", **model)
-    report = embed_corpus(mixed, tmp_path / "out", on_bad="skip", shard_rows=8, **model)
+        embed_corpus(mixed, tmp_path / "out", **shallow_model)
+    report = embed_corpus(mixed, tmp_path / "out", on_bad="skip", shard_rows=8, **shallow_model)
     assert (report.rows, report.bad, report.cut) == (19, {"null": 1}, 1)
     table = read(tmp_path / "out")
     kept = [row for row in range(20) if row != 3]
@@ -68,11 +68,11 @@ def test_mixed_parquet(
     assert "1.parquet, row 3" in manifest["input"]["bad_examples"][0]
 
 
-def test_bad_rows_of_text_formats(tmp_path: Path, model: dict[str, Any]) -> None:
+def test_bad_rows_of_text_formats(tmp_path: Path, shallow_model: dict[str, Any]) -> None:
     (tmp_path / "a.csv").write_bytes(
         b'id,text\n1,fine\n2,\xff\xfe bad\n3,too,many\n4,"two\nlines"\n\n5,\xc3\xa9\n6\n7,end\n'
     )
-    report = embed_corpus(tmp_path / "a.csv", tmp_path / "csv", on_bad="skip", **model)
+    report = embed_corpus(tmp_path / "a.csv", tmp_path / "csv", on_bad="skip", **shallow_model)
     table = read(tmp_path / "csv")
     assert table["id"].to_pylist() == ["1", "4", "5", "7"]
     assert table["source_row"].to_pylist() == [0, 3, 4, 6]
@@ -82,13 +82,15 @@ def test_bad_rows_of_text_formats(tmp_path: Path, model: dict[str, Any]) -> None
         b'{"text": "a"}\n{"text": 5}\n\n[1]\n{"text": "\\ud800"}\n{"body": 1}\n\xff\n'
         b'{"text": "h"}\n{"te'
     )
-    report = embed_corpus(tmp_path / "b.jsonl", tmp_path / "o.jsonl", on_bad="skip", **model)
+    report = embed_corpus(
+        tmp_path / "b.jsonl", tmp_path / "o.jsonl", on_bad="skip", **shallow_model
+    )
     lines = [json.loads(line) for line in (tmp_path / "o.jsonl").read_text().splitlines()]
     assert [(line["source_row"], line["text"]) for line in lines] == [(0, "a"), (6, "h")]
     assert sum(report.bad.values()) == 6
     assert report.bad["not UTF-8"] == 1
     (tmp_path / "c.txt").write_bytes(b"one\n\xff\nthree\n")
-    embed_corpus(tmp_path / "c.txt", tmp_path / "c", on_bad="skip", **model)
+    embed_corpus(tmp_path / "c.txt", tmp_path / "c", on_bad="skip", **shallow_model)
     assert read(tmp_path / "c")["source_row"].to_pylist() == [0, 2]
 
 
@@ -134,11 +136,11 @@ def test_blocks_of_encoded_parquet_are_small(tmp_path: Path) -> None:
     assert ids == list(range(600))
 
 
-def test_text_that_is_not_utf8_in_parquet(tmp_path: Path, model: dict[str, Any]) -> None:
+def test_text_that_is_not_utf8_in_parquet(tmp_path: Path, shallow_model: dict[str, Any]) -> None:
     array = pa.array([b"fine", b"\xff\xfe", None, b"also"], pa.binary()).view(pa.string())
     pq.write_table(pa.table({"text": array, "id": [1, 2, 3, 4]}), tmp_path / "in.parquet")
     report = embed_corpus(
-        tmp_path / "in.parquet", tmp_path / "out", on_bad="skip", columns=["id"], **model
+        tmp_path / "in.parquet", tmp_path / "out", on_bad="skip", columns=["id"], **shallow_model
     )
     assert report.bad == {"not UTF-8": 1, "null": 1}
     assert read(tmp_path / "out")["id"].to_pylist() == [1, 4]
@@ -206,7 +208,7 @@ BROKEN = {
 
 @pytest.mark.parametrize("case", list(BROKEN))
 def test_broken_files_are_refused_whatever_the_policy(
-    tmp_path: Path, case: str, model: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, case: str, shallow_model: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     name, make, message = BROKEN[case]
     make(tmp_path / name)
@@ -214,31 +216,33 @@ def test_broken_files_are_refused_whatever_the_policy(
     monkeypatch.setattr("nomoe.corpus.workers.Embedder", None)
     out = tmp_path / ("out.jsonl" if "JSON" in case else "out")
     with pytest.raises(ValueError, match=message):
-        embed_corpus(tmp_path / name, out, on_bad="skip", **model)
+        embed_corpus(tmp_path / name, out, on_bad="skip", **shallow_model)
     assert not list(tmp_path.glob("out/[!.]*"))
     assert not list(tmp_path.glob("*out.jsonl*"))
 
 
 def test_a_csv_cut_between_quotes_loses_its_last_row_alone(
-    tmp_path: Path, model: dict[str, Any]
+    tmp_path: Path, shallow_model: dict[str, Any]
 ) -> None:
     (tmp_path / "in.csv").write_text("text,id\na,1\nb,2\nc")
     with pytest.raises(ValueError, match=r"row 2 .*: 1 values, expected 2"):
-        embed_corpus(tmp_path / "in.csv", tmp_path / "out", **model)
-    assert embed_corpus(tmp_path / "in.csv", tmp_path / "o", on_bad="skip", **model).rows == 2
+        embed_corpus(tmp_path / "in.csv", tmp_path / "out", **shallow_model)
+    assert (
+        embed_corpus(tmp_path / "in.csv", tmp_path / "o", on_bad="skip", **shallow_model).rows == 2
+    )
 
 
-def test_types_that_change_between_files(tmp_path: Path, model: dict[str, Any]) -> None:
+def test_types_that_change_between_files(tmp_path: Path, shallow_model: dict[str, Any]) -> None:
     folder = tmp_path / "in"
     folder.mkdir()
     pq.write_table(pa.table({"text": ["a"], "n": pa.array([1], pa.int32())}), folder / "1.parquet")
     pq.write_table(pa.table({"text": ["b"], "n": pa.array([2.5])}), folder / "2.parquet")
-    embed_corpus(folder, tmp_path / "out", **model)
+    embed_corpus(folder, tmp_path / "out", **shallow_model)
     assert read(tmp_path / "out")["n"].to_pylist() == [1, 2.5]
     pq.write_table(pa.table({"text": ["c"], "n": ["three"]}), folder / "3.parquet")
     with pytest.raises(ValueError, match=r"3\.parquet: column 'n' holds string, but double before"):
-        embed_corpus(folder, tmp_path / "other", **model)
-    embed_corpus(folder, tmp_path / "other", columns=["text"], **model)
+        embed_corpus(folder, tmp_path / "other", **shallow_model)
+    embed_corpus(folder, tmp_path / "other", columns=["text"], **shallow_model)
     assert read(tmp_path / "other").num_rows == 3
 
 
@@ -264,14 +268,14 @@ def test_types_that_parquet_has_not_are_refused_when_planning(tmp_path: Path, va
 
 
 def test_a_type_of_no_value_becomes_text_wherever_it_is(
-    tmp_path: Path, model: dict[str, Any]
+    tmp_path: Path, shallow_model: dict[str, Any]
 ) -> None:
     rows = [{"text": "a", "n": [], "m": {"k": None}, "o": [{"p": []}], "q": None}]
-    embed_corpus(write(tmp_path / "in.jsonl", rows), tmp_path / "out", **model)
+    embed_corpus(write(tmp_path / "in.jsonl", rows), tmp_path / "out", **shallow_model)
     table = pa.table({key: [value] for key, value in rows[0].items()})
     with pa.ipc.new_file(tmp_path / "in.arrow", table.schema) as writer:
         writer.write_table(table)
-    embed_corpus(tmp_path / "in.arrow", tmp_path / "arrow", **model)
+    embed_corpus(tmp_path / "in.arrow", tmp_path / "arrow", **shallow_model)
     for out in ("out", "arrow"):
         table = read(tmp_path / out).drop_columns(["source_row", "embedding"])
         assert table.to_pylist() == rows
@@ -304,7 +308,7 @@ def typed_pair(folder: Path, first: Any, second: Any) -> Path:
 )
 @pytest.mark.parametrize("turned", [False, True])
 def test_types_that_lose_something_are_refused(
-    tmp_path: Path, first: Any, second: Any, turned: bool, model: dict[str, Any]
+    tmp_path: Path, first: Any, second: Any, turned: bool, shallow_model: dict[str, Any]
 ) -> None:
     pair = (second, first) if turned else (first, second)
     folder = typed_pair(tmp_path / "in", *pair)
@@ -338,17 +342,17 @@ def test_types_that_lose_something_are_refused(
 )
 @pytest.mark.parametrize("turned", [False, True])
 def test_types_that_widen_lose_nothing(
-    tmp_path: Path, first: Any, second: Any, turned: bool, model: dict[str, Any]
+    tmp_path: Path, first: Any, second: Any, turned: bool, shallow_model: dict[str, Any]
 ) -> None:
     pair = (second, first) if turned else (first, second)
     folder = typed_pair(tmp_path / "in", *pair)
-    embed_corpus(folder, tmp_path / "out", **model)
+    embed_corpus(folder, tmp_path / "out", **shallow_model)
     expected = [one for values in pair for one in values.to_pylist()]
     assert read(tmp_path / "out")["n"].to_pylist() == expected
 
 
 def test_numbers_of_json_widen_where_they_lose_nothing(
-    tmp_path: Path, model: dict[str, Any]
+    tmp_path: Path, shallow_model: dict[str, Any]
 ) -> None:
     values = [1, 0.5, [1], [0.5], {"x": 3}, {"x": 0.25}]
     for index in range(0, 6, 2):
@@ -356,7 +360,7 @@ def test_numbers_of_json_widen_where_they_lose_nothing(
         folder.mkdir()
         for name, value in zip("ab", values[index : index + 2], strict=True):
             write(folder / f"{name}.jsonl", [{"text": "t", "n": value}])
-        embed_corpus(folder, tmp_path / f"out{index}", **model)
+        embed_corpus(folder, tmp_path / f"out{index}", **shallow_model)
         assert read(tmp_path / f"out{index}")["n"].to_pylist() == values[index : index + 2]
         for large in (INT, [INT], {"x": INT}):
             write(folder / "c.jsonl", [{"text": "t", "n": large}])
@@ -370,11 +374,11 @@ def test_numbers_of_json_widen_where_they_lose_nothing(
 
 
 @pytest.mark.parametrize("out", ["out", "o.parquet", "o.jsonl", "o.npy"])
-def test_empty_input(tmp_path: Path, out: str, model: dict[str, Any]) -> None:
+def test_empty_input(tmp_path: Path, out: str, shallow_model: dict[str, Any]) -> None:
     pq.write_table(
         pa.table({"text": pa.array([], pa.string()), "n": [1][:0]}), tmp_path / "i.parquet"
     )
-    assert embed_corpus(tmp_path / "i.parquet", tmp_path / out, **model).rows == 0
+    assert embed_corpus(tmp_path / "i.parquet", tmp_path / out, **shallow_model).rows == 0
     if out.endswith(".npy"):
         assert np.load(tmp_path / out).shape == (0, 96)
     elif out.endswith(".jsonl"):
@@ -385,7 +389,7 @@ def test_empty_input(tmp_path: Path, out: str, model: dict[str, Any]) -> None:
         assert table.num_rows == 0
     for name in ("no.txt", "no.csv", "no.jsonl"):
         (tmp_path / name).write_bytes(b"")
-        assert embed_corpus(tmp_path / name, tmp_path / f"{name}.npy", **model).rows == 0
+        assert embed_corpus(tmp_path / name, tmp_path / f"{name}.npy", **shallow_model).rows == 0
 
 
 def test_a_huge_text_is_cut_without_a_change(shallow_folder: Path) -> None:
@@ -431,7 +435,9 @@ def test_texts_without_spaces_are_cut_without_a_change(
     assert fewer > 100
 
 
-def test_jsonl_has_null_where_json_has_no_number(tmp_path: Path, model: dict[str, Any]) -> None:
+def test_jsonl_has_null_where_json_has_no_number(
+    tmp_path: Path, shallow_model: dict[str, Any]
+) -> None:
     source = tmp_path / "in.jsonl"
     source.write_text(
         '{"text": "a", "x": NaN, "y": [1.5, {"z": -Infinity}], "s": "\\ud800"}\n'
@@ -441,7 +447,7 @@ def test_jsonl_has_null_where_json_has_no_number(tmp_path: Path, model: dict[str
     def refuse(name: str) -> None:
         raise AssertionError(f"{name} is not JSON")
 
-    embed_corpus(source, tmp_path / "out.jsonl", **model)
+    embed_corpus(source, tmp_path / "out.jsonl", **shallow_model)
     lines = (tmp_path / "out.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line, parse_constant=refuse) for line in lines]
     assert [(row["x"], row["y"], row["s"]) for row in rows] == [
@@ -451,12 +457,12 @@ def test_jsonl_has_null_where_json_has_no_number(tmp_path: Path, model: dict[str
 
 
 def test_text_files_have_one_column_and_a_mark_is_no_line(
-    tmp_path: Path, model: dict[str, Any]
+    tmp_path: Path, shallow_model: dict[str, Any]
 ) -> None:
     source = tmp_path / "in.txt"
     source.write_bytes(b"\xef\xbb\xbf")
-    assert embed_corpus(source, tmp_path / "out.npy", **model).rows == 0
+    assert embed_corpus(source, tmp_path / "out.npy", **shallow_model).rows == 0
     source.write_bytes(b"\xef\xbb\xbf\nb\n")
     assert [block.texts for block in read_blocks(find_sources(source)[0], "text")] == [["", "b"]]
     with pytest.raises(ValueError, match=r"no column 'body'; a \.txt file has one, 'text'"):
-        embed_corpus(source, tmp_path / "out", column="body", **model)
+        embed_corpus(source, tmp_path / "out", column="body", **shallow_model)

@@ -14,12 +14,12 @@ from tests.corpora import make_rows, write
 
 
 def test_estimates_say_what_they_rest_on(
-    tmp_path: Path, model: dict[str, Any], shallow: Encoder, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, shallow_model: dict[str, Any], shallow: Encoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = make_rows(400)
     rows[7]["text"] = None
     source, out = write(tmp_path / "in.jsonl", rows), tmp_path / "out"
-    options = {"shard_rows": 200, "on_bad": "skip", **model}
+    options = {"shard_rows": 200, "on_bad": "skip", **shallow_model}
     whole = estimate_corpus(source, out, **options)
     assert not out.exists()
     report = embed_corpus(source, out, **options)
@@ -40,7 +40,7 @@ def test_estimates_say_what_they_rest_on(
 
 
 def test_an_estimate_times_whole_batches(
-    tmp_path: Path, model: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, shallow_model: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """However few texts were drawn: parts of one would say that the device is slow."""
     windows: list[int] = []
@@ -56,17 +56,17 @@ def test_an_estimate_times_whole_batches(
 
     monkeypatch.setattr(estimate, "Embedder", Watched)
     source = write(tmp_path / "in.jsonl", make_rows(40))
-    estimate_corpus(source, tmp_path / "out", batch_tokens=65_536, **model)
+    estimate_corpus(source, tmp_path / "out", batch_tokens=65_536, **shallow_model)
     # all fit into one batch: half of them warm up
     assert windows == [20, 20]
 
 
 def test_an_estimate_reads_few_long_texts_and_leaves_out_what_is_done(
-    tmp_path: Path, model: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, shallow_model: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = make_rows(400)
     source, out = write(tmp_path / "in.jsonl", rows), tmp_path / "out"
-    options = {"shard_rows": 100, **model}
+    options = {"shard_rows": 100, **shallow_model}
     monkeypatch.setattr("nomoe.corpus.estimate._SAMPLE_BYTES", 100)
     part = estimate_corpus(source, out, **options)
     size = sum(len(row["text"].encode()) for row in rows)
@@ -76,24 +76,24 @@ def test_an_estimate_reads_few_long_texts_and_leaves_out_what_is_done(
     embed_corpus(source, out, **options)
     for index in (0, 2):
         (out / f"part-{index:06d}.parquet").unlink()
-    again = estimate_corpus(source, out, **model)
+    again = estimate_corpus(source, out, **shallow_model)
     assert (again.rows, again.left, again.shards) == (400, 200, 4)
     expected = again.tokens / 2 / again.tokens_per_s
     assert again.seconds == pytest.approx(expected)
     assert "for 200 rows that are left" in "\n".join(again.lines())
-    embed_corpus(source, out, **model)
-    done = estimate_corpus(source, out, **model)
+    embed_corpus(source, out, **shallow_model)
+    done = estimate_corpus(source, out, **shallow_model)
     assert (done.left, done.seconds) == (0, 0)
     assert "an earlier run has embedded every row" in "\n".join(done.lines())
     with pytest.raises(ValueError, match="dim was 96 and is now 64"):
-        estimate_corpus(source, out, dim=64, **model)
+        estimate_corpus(source, out, dim=64, **shallow_model)
 
 
 def test_progress_is_logged_nowhere_and_cuts_once(
-    tmp_path: Path, model: dict[str, Any], warnings_of_nomoe: pytest.LogCaptureFixture
+    tmp_path: Path, shallow_model: dict[str, Any], warnings_of_nomoe: pytest.LogCaptureFixture
 ) -> None:
     source = write(tmp_path / "in.jsonl", make_rows(50))
-    embed_corpus(source, tmp_path / "out", shard_rows=10, max_seq_length=10, **model)
+    embed_corpus(source, tmp_path / "out", shard_rows=10, max_seq_length=10, **shallow_model)
     assert [record.levelno for record in warnings_of_nomoe.records] == [logging.WARNING]
     assert "of 50 texts were longer than max_seq_length=10 tokens and were cut" in (
         warnings_of_nomoe.text

@@ -20,10 +20,10 @@ from tests.corpora import make_rows, write
 
 
 def test_a_rerun_finishes_what_is_missing_and_nothing_else(
-    tmp_path: Path, model: dict[str, Any]
+    tmp_path: Path, shallow_model: dict[str, Any]
 ) -> None:
     source, out = write(tmp_path / "in.jsonl", make_rows(100)), tmp_path / "out"
-    options = {"shard_rows": 30, **model}
+    options = {"shard_rows": 30, **shallow_model}
     embed_corpus(source, out, **options)
     before = {path.name: path.read_bytes() for path in out.glob("part-*")}
     assert len(before) == 4
@@ -32,13 +32,13 @@ def test_a_rerun_finishes_what_is_missing_and_nothing_else(
     (out / "part-000003.parquet").write_bytes(before["part-000003.parquet"][:-100])
     (out / ".part-000001.parquet.0123abcd").write_bytes(b"left by a killed run")
     # the settings that the first run chose are found in the manifest
-    report = embed_corpus(source, out, **model)
+    report = embed_corpus(source, out, **shallow_model)
     assert (report.found, report.embedded, report.rows) == (2, 40, 100)
     assert {path.name: path.read_bytes() for path in out.glob("part-*")} == before
     assert not list(out.glob(".part*"))
     for name in ("part-000000.parquet", "part-000002.parquet"):
         assert (out / name).stat().st_mtime_ns == times[name]
-    report = embed_corpus(source, out, **model)
+    report = embed_corpus(source, out, **shallow_model)
     assert (report.found, report.embedded) == (4, 0)
 
 
@@ -58,31 +58,34 @@ CHANGED = {
 
 
 @pytest.fixture
-def begun(tmp_path: Path, model: dict[str, Any]) -> tuple[Path, Path]:
+def begun(tmp_path: Path, shallow_model: dict[str, Any]) -> tuple[Path, Path]:
     source, out = write(tmp_path / "in.jsonl", make_rows(60)), tmp_path / "out"
-    embed_corpus(source, out, shard_rows=30, **model)
+    embed_corpus(source, out, shard_rows=30, **shallow_model)
     (out / "part-000001.parquet").unlink()
     return source, out
 
 
 @pytest.mark.parametrize("case", list(CHANGED))
 def test_a_changed_setting_is_refused_by_name(
-    begun: tuple[Path, Path], case: str, model: dict[str, Any]
+    begun: tuple[Path, Path], case: str, shallow_model: dict[str, Any]
 ) -> None:
     change, message = CHANGED[case]
     with pytest.raises(ValueError, match=f"begun with other settings.*{message}"):
-        embed_corpus(*begun, **(model | change))
+        embed_corpus(*begun, **(shallow_model | change))
     assert not (begun[1] / "part-000001.parquet").exists()
 
 
 def test_changed_weights_and_versions_are_refused(
-    tmp_path: Path, begun: tuple[Path, Path], model: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    begun: tuple[Path, Path],
+    shallow_model: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     import shutil
 
-    copy = shutil.copytree(model["model"], tmp_path / "copy")
+    copy = shutil.copytree(shallow_model["model"], tmp_path / "copy")
     # the same weights elsewhere are the same model
-    embed_corpus(*begun, **(model | {"model": copy}))
+    embed_corpus(*begun, **(shallow_model | {"model": copy}))
     weights = copy / "model.safetensors"
     content = bytearray(weights.read_bytes())
     content[-4:] = b"\0\0\0\0"
@@ -90,14 +93,14 @@ def test_changed_weights_and_versions_are_refused(
     with pytest.raises(
         ValueError, match=r"sha256 of model\.safetensors was '\w+' and is now '\w+'"
     ):
-        embed_corpus(*begun, **(model | {"model": copy}))
+        embed_corpus(*begun, **(shallow_model | {"model": copy}))
     monkeypatch.setattr("nomoe.corpus.request.__version__", "9.9")
     with pytest.raises(ValueError, match=r"version was '0\.1\.0' and is now '9\.9'"):
-        embed_corpus(*begun, **model)
+        embed_corpus(*begun, **shallow_model)
 
 
 def test_a_changed_input_is_refused_and_a_moved_one_is_not(
-    begun: tuple[Path, Path], model: dict[str, Any]
+    begun: tuple[Path, Path], shallow_model: dict[str, Any]
 ) -> None:
     source, out = begun
     content = source.read_text()
@@ -105,32 +108,32 @@ def test_a_changed_input_is_refused_and_a_moved_one_is_not(
     assert len(changed) == len(content)
     source.write_text(changed)
     with pytest.raises(ValueError, match=r"begun with another input: .*in\.jsonl has changed"):
-        embed_corpus(source, out, **model)
+        embed_corpus(source, out, **shallow_model)
     source.write_text(content)
     extra = write(source.with_name("more.jsonl"), make_rows(1))
     with pytest.raises(ValueError, match="it was 1 files and is now 2"):
-        embed_corpus([source, extra], out, **model)
+        embed_corpus([source, extra], out, **shallow_model)
     moved = source.rename(source.with_name("moved.jsonl"))
-    assert embed_corpus(moved, out, **model).embedded == 30
+    assert embed_corpus(moved, out, **shallow_model).embedded == 30
 
 
 @pytest.mark.parametrize("suffix", [".parquet", ".arrow"])
 def test_a_changed_value_of_a_typed_file_is_seen(
-    tmp_path: Path, suffix: str, model: dict[str, Any]
+    tmp_path: Path, suffix: str, shallow_model: dict[str, Any]
 ) -> None:
     rows = make_rows(40)
     source, out = write(tmp_path / f"in{suffix}", rows), tmp_path / "out"
-    embed_corpus(source, out, **model)
+    embed_corpus(source, out, **shallow_model)
     for column in ("text", "id"):
         changed = [dict(row) for row in rows]
         changed[20][column] = changed[20][column][:-1] + "Z"
         write(source, changed)
         with pytest.raises(ValueError, match="has changed"):
-            embed_corpus(source, out, **model)
+            embed_corpus(source, out, **shallow_model)
 
 
 def test_an_input_that_changes_during_a_run_ends_it(
-    begun: tuple[Path, Path], model: dict[str, Any]
+    begun: tuple[Path, Path], shallow_model: dict[str, Any]
 ) -> None:
     source, _ = begun
     plan = make_plan(find_sources(source), shard_rows=30, form="parquet")
@@ -174,40 +177,40 @@ def test_the_identity_of_a_run_is_hashed_once(
 
 
 def test_folders_that_are_not_ours(
-    tmp_path: Path, begun: tuple[Path, Path], model: dict[str, Any]
+    tmp_path: Path, begun: tuple[Path, Path], shallow_model: dict[str, Any]
 ) -> None:
     source, out = begun
     other = tmp_path / "other"
     other.mkdir()
     (other / "precious.txt").write_text("mine")
     with pytest.raises(ValueError, match=r"holds precious\.txt but no _manifest\.json"):
-        embed_corpus(source, other, **model)
+        embed_corpus(source, other, **shallow_model)
     assert os.listdir(other) == ["precious.txt"]
     # a shard of another run under a name of this one
-    embed_corpus(source, tmp_path / "more", shard_rows=30, dim=32, **model)
+    embed_corpus(source, tmp_path / "more", shard_rows=30, dim=32, **shallow_model)
     foreign = (tmp_path / "more" / "part-000001.parquet").read_bytes()
     (out / "part-000001.parquet").write_bytes(foreign)
     with pytest.raises(ValueError, match=r"part-000001\.parquet was made by another run"):
-        embed_corpus(source, out, **model)
+        embed_corpus(source, out, **shallow_model)
     own = (out / "part-000000.parquet").read_bytes()
     (out / "part-000001.parquet").write_bytes(own)
     with pytest.raises(ValueError, match=r"part-000001\.parquet was made by another run"):
-        embed_corpus(source, out, **model)
+        embed_corpus(source, out, **shallow_model)
     (out / "part-000001.parquet").unlink()
     (out / "part-000002.parquet").write_bytes(own)
     with pytest.raises(ValueError, match=r"part-000002\.parquet is no shard of this run"):
-        embed_corpus(source, out, **model)
+        embed_corpus(source, out, **shallow_model)
     manifest = out / "_manifest.json"
     manifest.write_text(manifest.read_text().replace('"dim": 96', '"dim": 64'))
     with pytest.raises(ValueError, match="changed by hand"):
-        embed_corpus(source, out, **model)
+        embed_corpus(source, out, **shallow_model)
     manifest.write_text("{}")
     with pytest.raises(ValueError, match="not a manifest of nomoe"):
-        embed_corpus(source, out, **model)
+        embed_corpus(source, out, **shallow_model)
 
 
 def test_bad_calls_are_refused_before_the_input_is_read(
-    tmp_path: Path, model: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, shallow_model: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = write(tmp_path / "in.jsonl", make_rows(3))
     monkeypatch.setattr("nomoe.corpus.request.make_plan", None)
@@ -227,18 +230,18 @@ def test_bad_calls_are_refused_before_the_input_is_read(
         ({"model": tmp_path}, FileNotFoundError, "config.json"),
     ):
         with pytest.raises(error, match=message):
-            embed_corpus(source, out, **(model | options))
+            embed_corpus(source, out, **(shallow_model | options))
     for target, options, message in (
         (tmp_path / "o.csv", {}, "suffix '.csv'"),
         (tmp_path / "o.npy", {"on_bad": "skip"}, "no room for row numbers"),
         (tmp_path / "o.jsonl", {"workers": 2}, "one process writes"),
     ):
         with pytest.raises(ValueError, match=message):
-            embed_corpus(source, target, **model, **options)
+            embed_corpus(source, target, **shallow_model, **options)
     with pytest.raises(FileNotFoundError, match="no folder"):
-        embed_corpus(source, tmp_path / "a" / "b", **model)
+        embed_corpus(source, tmp_path / "a" / "b", **shallow_model)
     with pytest.raises(ValueError, match="would be input of the next run"):
-        embed_corpus(tmp_path, tmp_path / "inside", **model)
+        embed_corpus(tmp_path, tmp_path / "inside", **shallow_model)
     for given, message in (
         (tmp_path / "none.jsonl", "there is no file or folder"),
         (tmp_path / "*.parquet", "no file matches"),
@@ -246,7 +249,7 @@ def test_bad_calls_are_refused_before_the_input_is_read(
         (tmp_path.as_uri() + "/*.parquet", "no file matches"),
     ):
         with pytest.raises(FileNotFoundError, match=message):
-            embed_corpus(str(given), out, **model)
+            embed_corpus(str(given), out, **shallow_model)
     (tmp_path / "x.doc").write_text("")
     (tmp_path / "x.txt").write_text("")
     for inputs, message in (
@@ -257,7 +260,7 @@ def test_bad_calls_are_refused_before_the_input_is_read(
         ("what://is/this", "no URI that pyarrow opens"),
     ):
         with pytest.raises(ValueError, match=message):
-            embed_corpus(inputs, tmp_path.parent / "elsewhere", **model)
+            embed_corpus(inputs, tmp_path.parent / "elsewhere", **shallow_model)
     assert not out.exists()
 
 
@@ -273,7 +276,7 @@ def test_keywords_are_the_functions_own(tmp_path: Path) -> None:
 
 
 def test_an_output_that_would_be_input_is_refused(
-    tmp_path: Path, model: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, shallow_model: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("nomoe.corpus.request.make_plan", None)
     folder = tmp_path / "in"
@@ -289,7 +292,7 @@ def test_an_output_that_would_be_input_is_refused(
         ([source], folder / ".." / "in" / "a.jsonl"),
     ):
         with pytest.raises(ValueError, match="is an input file"):
-            embed_corpus(given, output, overwrite=True, **model)
+            embed_corpus(given, output, overwrite=True, **shallow_model)
     for given, output in (
         (folder, folder / "out.jsonl"),
         (folder.as_uri(), folder / "out.jsonl"),
@@ -302,10 +305,10 @@ def test_an_output_that_would_be_input_is_refused(
         (f"{tmp_path}/link/../link/*.jsonl", folder / "out.jsonl"),
     ):
         with pytest.raises(ValueError, match="would be input of the next run"):
-            embed_corpus(given, output, overwrite=output.suffix != "", **model)
+            embed_corpus(given, output, overwrite=output.suffix != "", **shallow_model)
     assert source.read_bytes() == content
     assert typed.exists()
     # what a pattern does not match may lie beside it
     monkeypatch.undo()
-    embed_corpus(f"{folder}/*.jsonl", folder / "out", **model)
-    embed_corpus(f"{folder}/*.jsonl", folder / "out.npy", **model)
+    embed_corpus(f"{folder}/*.jsonl", folder / "out", **shallow_model)
+    embed_corpus(f"{folder}/*.jsonl", folder / "out.npy", **shallow_model)
