@@ -8,9 +8,11 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 if not torch.cuda.is_available():
     # decides at the import of a kernel how it runs
@@ -21,8 +23,11 @@ from benchmarks.workload import write_shallow
 from nomoe import Encoder, NomicMoEModel, data, synthetic
 from nomoe.corpus import workers
 from nomoe.verify import full_width_model
+from nomoe_kernels import cpu, matrices
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+# that multiply packed matrices on a CPU
+LIBRARIES = ["onednn", *(["mkl"] if torch.backends.mkl.is_available() else [])]
 
 # the models here are tiny: threads gain nothing, and on a busy machine they wait for each other
 torch.set_num_threads(1)
@@ -56,6 +61,17 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def shallow_folder(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same with two layers, for tests of what is around a model. Tests must not write there."""
     return write_shallow(tiny_folder, tmp_path_factory.mktemp("shallow") / "shallow")
+
+
+@pytest.fixture(scope="session")
+def shallow(shallow_folder: Path) -> Encoder:
+    return Encoder.from_pretrained(shallow_folder, device="cpu")
+
+
+@pytest.fixture
+def shallow_model(shallow_folder: Path) -> dict[str, Any]:
+    """For a corpus: the arguments that say which model embeds it, and where."""
+    return {"model": shallow_folder, "device": "cpu"}
 
 
 @pytest.fixture
@@ -95,3 +111,24 @@ def bench_cpu(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 def golden_tiny() -> NomicMoEModel:
     """The golden data's tiny model, without gradients. Tests must not change it."""
     return NomicMoEModel.from_pretrained(data.TINY, device="cpu").requires_grad_(False)
+
+
+@pytest.fixture(params=LIBRARIES)
+def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Where a CPU's products in float32 run: both can, whatever this CPU is."""
+    monkeypatch.setattr(matrices, "_is_intel", lambda: request.param == "mkl")
+    return str(request.param)
+
+
+@pytest.fixture
+def shown(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Rows of every product of packed matrices."""
+    rows: list[int] = []
+    linear = cpu.linear
+
+    def watched(x_TI: Tensor, *rest: Any, **options: Any) -> Tensor:
+        rows.append(len(x_TI))
+        return linear(x_TI, *rest, **options)
+
+    monkeypatch.setattr(cpu, "linear", watched)
+    return rows

@@ -1,0 +1,333 @@
+"""Models whose matrices are packed for a CPU: their weights, training, threads, and outputs."""
+
+from __future__ import annotations
+
+import copy
+import multiprocessing
+import os
+import pickle
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from nomoe import NomicMoEModel, data
+from nomoe.moe import LAYING_OUT, Linear, MoE
+from nomoe_kernels import cpu
+from tests.test_cpu_ops import DTYPES, embed, packed
+
+pytestmark = pytest.mark.skipif(not DTYPES, reason="torch has no oneDNN here")
+
+
+@pytest.fixture
+def model(library: str) -> NomicMoEModel:
+    """The golden data's tiny model, its matrices packed."""
+    model = NomicMoEModel.from_pretrained(data.TINY, device="cpu")
+    embed(model)
+    assert packed(model)
+    return model
+
+
+@pytest.fixture(scope="module")
+def checkpoint() -> dict[str, Tensor]:
+    return NomicMoEModel.from_pretrained(data.TINY, device="cpu").state_dict()
+
+
+def same(state: dict[str, Tensor], checkpoint: dict[str, Tensor]) -> bool:
+    assert list(state) == list(checkpoint)
+    return all(torch.equal(state[name], one) for name, one in checkpoint.items())
+
+
+def test_state_dict_is_the_checkpoints(model: NomicMoEModel, checkpoint: dict[str, Tensor]) -> None:
+    assert same(model.state_dict(), checkpoint)
+    embed(model)
+    assert same({**model.state_dict(keep_vars=True)}, checkpoint)
+    assert isinstance(model.state_dict(keep_vars=True)["emb_ln.weight"], nn.Parameter)
+
+
+def test_originals_are_freed(model: NomicMoEModel) -> None:
+    weight = model.encoder.layers[1].mlp.experts.mlp.w1
+    assert weight.shape == (8 * 192, 96)
+    assert weight.untyped_storage().nbytes() == 4
+    assert weight.isnan().all()
+    with pytest.raises(RuntimeError, match="single memory location"):
+        weight.data.mul_(2)
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda model: dict(model.named_parameters()),
+        lambda model: model.train().state_dict(),
+        lambda model: copy.deepcopy(model).state_dict(),
+        lambda model: pickle.loads(pickle.dumps(model)).state_dict(),
+        lambda model: model.to(torch.float64).float().state_dict(),
+        lambda model: nn.Sequential(model).eval().to("cpu")[0].state_dict(),
+    ],
+    ids=["parameters", "train", "deepcopy", "pickle", "to", "to of a parent"],
+)
+def test_whoever_asks_gets_the_weights(
+    ask: Callable[[NomicMoEModel], dict[str, Tensor]],
+    model: NomicMoEModel,
+    checkpoint: dict[str, Tensor],
+) -> None:
+    before = embed(model)
+    assert same(ask(model), checkpoint)
+    assert torch.equal(embed(model.eval()), before)
+
+
+def test_asking_for_the_first_parameter_unpacks_nothing(model: NomicMoEModel) -> None:
+    assert next(model.parameters()).device.type == "cpu"
+    assert packed(model)
+
+
+def test_new_weights_count(model: NomicMoEModel, checkpoint: dict[str, Tensor]) -> None:
+    """However they come in; expected is a model that never was packed."""
+    other = {name: 0.5 * tensor for name, tensor in checkpoint.items()}
+    fresh = NomicMoEModel(model.config).eval()
+    fresh.load_state_dict(other)
+    expected = embed(fresh)
+    assert not torch.equal(embed(model), expected)
+    for assign in (False, True):
+        again = copy.deepcopy(model)
+        embed(again)
+        again.load_state_dict(other, assign=assign)
+        assert torch.equal(embed(again), expected)
+    for name, tensor in other.items():
+        model.get_parameter(name).data = tensor.clone()
+    assert torch.equal(embed(model), expected)
+    for one in (model, fresh):
+        nn.init.zeros_(one.encoder.layers[0].attn.Wqkv.weight)
+    assert torch.equal(embed(model), embed(fresh))
+    nn.init.normal_(model.train().encoder.layers[0].attn.Wqkv.weight)
+
+
+def test_training_after_inference(model: NomicMoEModel) -> None:
+    """An optimizer made while the matrices are packed holds the parameters that are trained."""
+    before = embed(model)
+    optimizer = torch.optim.SGD(nn.Sequential(model).parameters(), lr=0.1)
+    model.train()
+    assert not packed(model)
+    loss = model.forward_packed(torch.arange(4, 34), [20, 10])[0].square().mean()
+    loss.backward()
+    for part in model.modules():
+        if isinstance(part, Linear):
+            assert part.weight.grad.abs().sum() > 0
+        elif isinstance(part, MoE):
+            assert part.experts.mlp.w2.grad.abs().sum() > 0
+    optimizer.step()
+    after = embed(model.eval())
+    assert packed(model)
+    assert (after - before).abs().max() > 1e-4
+
+
+def test_a_forward_that_needs_gradients_unpacks(model: NomicMoEModel) -> None:
+    output = model.forward_packed(torch.arange(4, 34), [20, 10])[0]
+    assert output.requires_grad
+    assert not packed(model)
+    torch.testing.assert_close(output, embed(model), atol=1e-5, rtol=0)
+    frozen = model.requires_grad_(False)
+    assert not frozen.forward_packed(torch.arange(4, 34), [20, 10])[0].requires_grad
+    assert packed(model)
+
+
+@pytest.mark.parametrize("by_layer", [False, True])
+def test_a_compiled_forward(by_layer: bool, model: NomicMoEModel) -> None:
+    """Compiled in one or layer by layer, the packed products are none of the compiler's.
+
+    Inductor would take them for its own, whose matrices are constants, and fail.
+    """
+    compiled_ops = []
+
+    def record(graph: torch.fx.GraphModule, inputs: object) -> Callable[..., object]:
+        compiled_ops.extend(str(node.target) for node in graph.graph.nodes)
+        return graph.forward
+
+    ids_BL = torch.arange(4, 34)[None]
+    with torch.no_grad():
+        expected = model(ids_BL)
+    torch.compiler.reset()
+    if by_layer:
+        for layer in model.encoder.layers:
+            layer.compile(backend=record)
+        compiled = model
+    else:
+        compiled = torch.compile(model, backend=record)
+    with torch.no_grad():
+        output = compiled(ids_BL)
+    assert type(output) is type(expected)
+    assert len(output) == len(expected)
+    assert torch.equal(output[0], expected[0])
+    assert packed(model)
+    assert not [name for name in compiled_ops if "mkl" in name]
+
+
+def test_what_is_loaded_in_place_counts(
+    model: NomicMoEModel, checkpoint: dict[str, Tensor]
+) -> None:
+    """As torch.distributed.checkpoint does, into the tensors of a state_dict."""
+    for name, tensor in model.state_dict().items():
+        tensor.copy_(0.5 * checkpoint[name])
+    fresh = NomicMoEModel(model.config).eval()
+    fresh.load_state_dict({name: 0.5 * tensor for name, tensor in checkpoint.items()})
+    assert torch.equal(embed(model), embed(fresh))
+
+
+def test_parameters_asked_for_in_inference_mode_still_train(model: NomicMoEModel) -> None:
+    with torch.inference_mode():
+        embed(model)
+        assert not any(one.isnan().any() for one in model.parameters())
+    model.train().forward_packed(torch.arange(4, 34), [20, 10])[0].sum().backward()
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_weights_given_back_in_the_middle_of_a_forward(
+    again: bool, model: NomicMoEModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By another thread that counts parameters, say, and laid out once more by a third."""
+    before = embed(model)
+    calls = iter(range(100))
+    attention = cpu.attention
+
+    def interrupted(*inputs: object) -> Tensor:
+        call = next(calls)
+        if call == 1:
+            assert not any(one.isnan().any() for one in model.parameters())
+        if call == 2 and again:
+            model._lay_out()
+        return attention(*inputs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(cpu, "attention", interrupted)
+    torch.testing.assert_close(embed(model), before, atol=1e-5, rtol=0)
+    monkeypatch.setattr(cpu, "attention", attention)
+    assert torch.equal(embed(model), before)
+
+
+def test_a_thread_may_ask_while_another_embeds(model: NomicMoEModel) -> None:
+    before = embed(model)
+    done = threading.Event()
+
+    def count() -> None:
+        while not done.is_set():
+            assert all(one.isfinite().all() for one in model.state_dict().values())
+            sum(one.numel() for one in model.parameters())
+            copy.deepcopy(model)
+
+    with ThreadPoolExecutor(2) as pool:
+        counting = pool.submit(count)
+        try:
+            for _ in range(100):
+                torch.testing.assert_close(embed(model), before, atol=1e-5, rtol=0)
+        finally:
+            done.set()
+        counting.result()
+    assert torch.equal(embed(model), before)
+
+
+def test_a_thread_may_ask_for_gradients_while_another_embeds(model: NomicMoEModel) -> None:
+    """Of a model in eval mode, which the other packs at every turn."""
+    ids_T = torch.arange(5, 12)
+
+    def run() -> tuple[Tensor, Tensor]:
+        model.zero_grad()
+        out_TD = model.forward_packed(ids_T, [7]).last_hidden_state
+        out_TD.pow(3).sum().backward()
+        gradients = [one.grad for one in model.parameters() if one.grad is not None]
+        return out_TD.detach(), torch.cat([one.flatten() for one in gradients])
+
+    expected = run()
+    done = threading.Event()
+
+    def work() -> None:
+        while not done.is_set():
+            embed(model)
+
+    with ThreadPoolExecutor(1) as pool:
+        working = pool.submit(work)
+        try:
+            for _ in range(30):
+                torch.testing.assert_close(run(), expected, atol=1e-5, rtol=1e-5)
+        finally:
+            done.set()
+        working.result()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+def test_a_fork_waits_for_the_lock() -> None:
+    """Or its child would wait for a thread that it does not have."""
+    held = threading.Event()
+
+    def hold() -> None:
+        with LAYING_OUT:
+            held.set()
+            time.sleep(0.2)
+
+    with ThreadPoolExecutor(1) as pool:
+        holding = pool.submit(hold)
+        held.wait()
+        child = multiprocessing.get_context("fork").Process(target=LAYING_OUT.acquire)
+        child.start()
+        child.join(10)
+        ended = child.exitcode
+        child.kill()
+        holding.result()
+    assert ended == 0
+
+
+def test_threads_may_share_a_model(checkpoint: dict[str, Tensor], model: NomicMoEModel) -> None:
+    expected = embed(model)
+    for _ in range(5):
+        fresh = NomicMoEModel(model.config).eval()
+        fresh.load_state_dict(checkpoint)
+        with ThreadPoolExecutor(4) as pool:
+            for result in pool.map(embed, [fresh] * 8):
+                assert torch.equal(result, expected)
+
+
+def test_hidden_states_are_not_overwritten(model: NomicMoEModel) -> None:
+    """Operations may overwrite what nobody reads again, and only that."""
+    ids_T = torch.arange(4, 34)
+    with torch.no_grad():
+        output = model.forward_packed(ids_T, [20, 10], output_hidden_states=True)
+        model.train()
+        expected = model.forward_packed(ids_T, [20, 10], output_hidden_states=True)
+    assert output.hidden_states is not None
+    assert expected.hidden_states is not None
+    for ours, theirs in zip(output.hidden_states, expected.hidden_states, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+
+
+@pytest.mark.usefixtures("library")
+def test_dtypes_it_lacks_run_as_they_did() -> None:
+    model = NomicMoEModel.from_pretrained(data.TINY, device="cpu").double()
+    assert embed(model).dtype == torch.float64
+    assert not packed(model)
+    exact = embed(model)
+    torch.testing.assert_close(embed(model.float()).double(), exact, atol=1e-5, rtol=0)
+    assert packed(model)
+
+
+@pytest.mark.parametrize("library", ["onednn"], indirect=True)
+def test_a_batch_shows_onednn_few_numbers_of_rows(model: NomicMoEModel, shown: list[int]) -> None:
+    """And what it is rounded up by is in no output."""
+    plain = NomicMoEModel.from_pretrained(data.TINY, device="cpu")
+    plain.packs_matrices = False  # type: ignore[misc]
+    for lengths in ([100, 29], [3], [130, 127, 1]):
+        ids_T = torch.arange(sum(lengths)) % 500
+        options = {"output_hidden_states": True, "output_routing": True}
+        with torch.no_grad():
+            ours, theirs = (one.forward_packed(ids_T, lengths, **options) for one in (model, plain))
+        assert torch.equal(ours.last_hidden_state, ours.hidden_states[-1])
+        for mine, other in zip(ours.hidden_states, theirs.hidden_states, strict=True):
+            torch.testing.assert_close(mine, other, atol=1e-5, rtol=0)
+        for mine, other in zip(ours.router_weights, theirs.router_weights, strict=True):
+            torch.testing.assert_close(mine, other, atol=1e-5, rtol=0)
+        for mine, other in zip(ours.router_experts, theirs.router_experts, strict=True):
+            assert torch.equal(mine, other)
+    # 258 takes 264, and 129 takes 132
+    assert {132, 3, 264} <= set(shown)
+    assert not {129, 258} & set(shown)
