@@ -1,8 +1,8 @@
 """Every kernel compiled, with no GPU, for the devices it may meet.
 
-Shared memory within the device's limit; no spills in a product, and on Hopper in no kernel; the
-tensor-core instruction that is meant, and asynchronous copies to feed it. Each check is also seen
-failing.
+Shared memory within the device's limit; no spills in a product on Hopper, hardly any in another
+product or another kernel there; the tensor-core instruction that is meant, and asynchronous copies
+to feed it. Each check is also seen failing.
 """
 
 from __future__ import annotations
@@ -32,6 +32,9 @@ COMPILED = [(name, "float16") for name in DEVICES] + [
 # what works on whole rows keeps each within a warp: their threads need not meet
 ROWS = ("route_kernel", "unpermute_kernel", "add_layer_norm_kernel", "embed_kernel")
 MOST_BARRIERS = 12
+# Bytes a thread may spill outside Hopper's products. Triton 3.6 and 3.7 spill none; the assembler
+# of 3.8 gives up two values where that lets one more program run on a multiprocessor.
+MOST_SPILLED = 8
 INSTRUCTION = {
     "cuda:90": "wgmma",
     "cuda:100": "tcgen05",
@@ -58,9 +61,12 @@ def faults(report: dict[str, Any]) -> set[str]:
     target, options, found = report["target"], report["options"], set()
     if report["shared"] > DEVICES[target].shared_memory:
         found.add("shared memory")
+    is_hopper, is_product = target == "cuda:90", report["kernel"] in PRODUCTS
     # elsewhere the small kernels around the products may spill a few registers
-    if target == "cuda:90" or report["kernel"] in PRODUCTS:
-        found |= {"spills"} if report["spills"] or report.get("stack") else set()
+    if report["spills"] and (is_hopper or is_product):
+        # on AMD the spills are numbers of registers, and none is told as bytes
+        is_trade = report.get("stack", MOST_SPILLED + 1) <= MOST_SPILLED
+        found |= set() if is_trade and not (is_hopper and is_product) else {"spills"}
     if report.get("split_copies"):
         found.add("split copies")
     if report["kernel"] in ROWS and report.get("barriers", 0) > MOST_BARRIERS:
@@ -135,6 +141,18 @@ def test_barriers_are_seen() -> None:
     good = report | {"spills": 0, "stack": 0, "barriers": 4}
     assert faults(good) == set()
     assert faults(good | {"barriers": 52}) == {"barriers"}
+
+
+def test_spills_are_seen() -> None:
+    report = {"target": "cuda:90", "kernel": "route_kernel", "options": {}, "shared": 64}
+    assert faults(report | {"spills": 4, "stack": 8}) == set()
+    assert faults(report | {"spills": 8, "stack": 16}) == {"spills"}
+    product = report | {"kernel": "attention_kernel", "options": {"BLOCK_M": 64}, "dtypes": [""]}
+    built = {"wgmma": 4, "copies": 4, "mma": 4, "mfma": 4}
+    assert faults(product | built | {"spills": 0}) == set()
+    assert faults(product | built | {"spills": 2, "stack": 8}) == {"spills"}
+    assert faults(product | built | {"target": "cuda:80", "spills": 2, "stack": 8}) == set()
+    assert faults(product | built | {"target": "hip:gfx942", "spills": 1}) == {"spills"}
 
 
 def test_split_copies_are_seen() -> None:
