@@ -279,12 +279,17 @@ def test_attention_is_compared_where_it_rotates(bench_kernels, tmp_path, monkeyp
 # --- bench_cpu
 
 
-def test_smoke_run_on_a_cpu(bench_cpu, tmp_path, capsys):
+def test_smoke_run_on_a_cpu(bench_cpu, tmp_path, monkeypatch):
+    packed, pack_weight = [], cpu.pack_weight
+    monkeypatch.setattr(cpu, "pack_weight", lambda one: packed.append(one) or pack_weight(one))
     assert bench_cpu.main(["--smoke", "--repeats=1", "--threads=1", f"--output={tmp_path}"]) == 0
     record = json.loads(next(tmp_path.glob("*-bench_cpu-smoke.json")).read_text())
     if find_spec("llama_cpp") is None:
         assert "llama_cpp" in record["not_run"]["llama.cpp"]
     assert len(record["cases"]) == 4
+    # a model and a ceiling of each dtype, of whatever cases: 4 layers, 2 of them with 8 experts
+    matrices = 4 * 2 + 2 * 2 + 2 * (8 * 2 + 1)
+    assert len(packed) <= 2 * 2 * matrices
     for case in record["cases"]:
         rows = {row["name"]: row for row in case["contenders"]}
         for dtype in ("float32", "bfloat16") if cpu.supports(torch.bfloat16) else ("float32",):
