@@ -141,7 +141,11 @@ def time_call(run: Callable[[], Output], device: torch.device) -> tuple[float, O
 
 
 def captured(run: Callable[[], Output]) -> Callable[[], Output]:
-    """Record a run as a CUDA graph; calling the result replays it into the same output."""
+    """Record a run as a CUDA graph; calling the result replays it into the same output.
+
+    A graph owns what is allocated while it is recorded, not what it reads: that stays as long as
+    the run does, which the result holds.
+    """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -152,7 +156,7 @@ def captured(run: Callable[[], Output]) -> Callable[[], Output]:
     with torch.cuda.graph(graph):
         output = run()
 
-    def replay() -> Output:
+    def replay(run: object = run) -> Output:
         graph.replay()
         return output
 

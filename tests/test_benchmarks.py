@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import itertools
 import sys
+import weakref
 from itertools import chain
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -230,6 +234,29 @@ def test_ceiling_runs_the_products_of_the_forward(golden_tiny, monkeypatch):
         names = ("mm", "addmm")
         found = sum(flop for op, flop in products.items() if op.__name__ in names)
         assert found == expected
+
+
+def test_a_replay_keeps_what_its_run_reads(monkeypatch):
+    """A graph does not: its inputs' memory would go to others."""
+
+    class Graph:
+        def replay(self):
+            pass
+
+    around = lambda *args: contextlib.nullcontext(MagicMock())  # noqa: E731
+    fake = {"Stream": MagicMock, "current_stream": MagicMock, "CUDAGraph": Graph}
+    for name, one in {**fake, "stream": around, "graph": around}.items():
+        monkeypatch.setattr(torch.cuda, name, one)
+    x = torch.ones(3)
+    held = weakref.ref(x)
+    replay = harness.captured(lambda x=x: x.sum())
+    del x
+    gc.collect()
+    assert held() is not None
+    assert replay() == 3
+    del replay
+    gc.collect()
+    assert held() is None
 
 
 # --- results

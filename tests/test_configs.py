@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from triton.runtime.errors import OutOfResources, PTXASError
 
 from nomoe_kernels import configs, tune
 from nomoe_kernels.configs import (
@@ -282,3 +283,27 @@ def test_the_tuner_of_dense_products_and_attention(
     assert tuned("--again") == (good, forms[0])
     seconds["library"] = 0.1
     assert tuned("--again") == ("library", forms[0])
+
+
+def test_a_tile_that_fails_is_left_out_unless_the_device_is_lost(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of a lost device every tile fails, and those left over would look like the best."""
+
+    def fails(error: Exception) -> float:
+        def take_time() -> float:
+            raise error
+
+        return tune.seconds_of("a tile", lambda: True, take_time, None)
+
+    def lost() -> None:
+        raise RuntimeError("an illegal memory access was encountered")
+
+    for error in (PTXASError("no"), OutOfResources(2, 1, "shared"), RuntimeError("no")):
+        assert fails(error) == float("inf")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    assert fails(RuntimeError("no")) == float("inf")
+    monkeypatch.setattr(torch.cuda, "synchronize", lost)
+    with pytest.raises(RuntimeError, match="illegal"):
+        fails(RuntimeError("no"))

@@ -29,8 +29,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
-from triton.compiler.errors import CompilationError
-from triton.runtime.errors import OutOfResources
+from triton.errors import TritonError
 
 from . import checks, configs, fused, reference
 from .configs import AttentionShape, AttentionTile, DenseShape, Device, Plan, Shape, Tile
@@ -121,7 +120,11 @@ def time_calls(calls: Sequence[Callable[[], object]], repeats: int) -> float:
 def seconds_of(
     choice: Any, is_right: Callable[[], bool], take_time: Callable[[], float], bar: tqdm[Any] | None
 ) -> float:
-    """What a choice takes; infinity, and a line that says why, where it is of no use."""
+    """What a choice takes; infinity, and a line that says why, where it is of no use.
+
+    Raises:
+        RuntimeError: The device computes nothing any more.
+    """
     if bar is not None:
         bar.set_postfix_str(" ".join(str(choice).split()))
     try:
@@ -129,8 +132,11 @@ def seconds_of(
             return take_time()
         problem = "its result is wrong"
     # a tile that does not fit, or that this version of Triton cannot compile
-    except (OutOfResources, CompilationError, RuntimeError) as error:
+    except (TritonError, RuntimeError) as error:
         problem = str(error).partition("\n")[0]
+        if torch.cuda.is_available():
+            # after a launch that failed every other does, and raises here
+            torch.cuda.synchronize()
     print(f"left out, {problem}: {choice}", file=sys.stderr)
     return float("inf")
 
