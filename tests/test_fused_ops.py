@@ -97,7 +97,10 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     def poison(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def filled(*args: Any, **options: Any) -> Tensor:
             tensor = make(*args, **options)
-            return tensor.fill_(math.nan if tensor.is_floating_point() else -(1 << 30))
+            if tensor.is_floating_point():
+                return tensor.fill_(math.nan)
+            # int8 is what Triton keeps the descriptors in that kernels make
+            return tensor.fill_(max(-(1 << 30), torch.iinfo(tensor.dtype).min))
 
         return filled
 

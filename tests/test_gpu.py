@@ -94,10 +94,13 @@ def test_layer_at_every_size(count: int, dtype: torch.dtype) -> None:
     x_TD, weights = tokens_of(count, dtype), real_layer(dtype)
     out_TD, weights_TK, experts_TK = moe_layer(x_TD, *weights)
     plain = reference.moe_layer(x_TD, *weights, K)
-    assert torch.equal(experts_TK, plain[2])
     torch.testing.assert_close(weights_TK, plain[1], atol=1e-6, rtol=0)
-    exact_TD, _, exact_experts_TK = exact_layer(Layer(x_TD, *weights, K))
-    # a token near a tie may go either way against float64
+    exact_TD, probabilities_TE, exact_experts_TK = exact_layer(Layer(x_TD, *weights, K))
+    # a token near a tie may go either way, against plain torch as against float64
+    ranked_TK1 = probabilities_TE.sort(dim=1, descending=True)[0][:, : K + 1]
+    is_clear_T = (-ranked_TK1.diff(dim=1)).amin(dim=1) > 1e-6
+    assert torch.equal(experts_TK[is_clear_T], plain[2][is_clear_T])
+    assert is_clear_T.float().mean() > 0.999
     same = (experts_TK == exact_experts_TK).all(dim=1)
     assert same.float().mean() > 0.999
     rms, plain_rms = ((one - exact_TD)[same].square().mean().sqrt() for one in (out_TD, plain[0]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import random
 import threading
 from collections.abc import Iterator
@@ -48,9 +49,14 @@ def eager(model: NomicMoEModel, ids: list[int], lengths: list[int]) -> Tensor:
     return model.backend.ops.pool(hidden_TD, lengths, POOLING).cpu()
 
 
+def distances_of(got: Tensor, expected: Tensor) -> Tensor:
+    """1 - cosine of each text; float32 leaves the vectors' own lengths off by some 1e-7."""
+    return 1 - torch.nn.functional.cosine_similarity(got.double(), expected.double())
+
+
 def check_alike(got: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
     assert got.shape == expected.shape
-    distances = 1 - (got.double() * expected.double()).sum(1)
+    distances = distances_of(got, expected)
     usual, worst = ALIKE[dtype]
     assert distances.median() <= usual
     assert distances.max() <= worst
@@ -169,6 +175,9 @@ def test_two_threads(model: NomicMoEModel, prepared: bool) -> None:
 def test_recordings_share_their_memory(model: NomicMoEModel) -> None:
     runner = Engine(model)
     most = engine.BUCKET_TOKENS[-1]
+    # what earlier tests left would be given back meanwhile
+    gc.collect()
+    torch.cuda.empty_cache()
     before = torch.cuda.memory_reserved()
     runner.embed(ids_of(model, most), [512] * 8, POOLING, to_host=True)()
     runner.embed(ids_of(model, most), [512] * 8, POOLING, to_host=True)()
@@ -296,9 +305,12 @@ def mixed_texts(count: int) -> list[str]:
 def test_two_thousand_texts_are_each_what_it_is_alone(tiny_folder: Path, dtype: str) -> None:
     encoder = Encoder.from_pretrained(tiny_folder, device="cuda", dtype=dtype, backend="triton")
     texts = mixed_texts(2000)
+    for _ in range(2):
+        # a batch's first time is not replayed, and may differ from the others in its last bits
+        encoder.encode_document(texts)
     together = torch.from_numpy(encoder.encode_document(texts))
     alone = torch.from_numpy(np.stack([encoder.encode_document(text) for text in texts]))
-    distances = 1 - (together.double() * alone.double()).sum(1)
+    distances = distances_of(together, alone)
     # at width 96, with random routers, a flipped expert moves a text further than at 768
     assert distances.median() <= (1e-9 if dtype == "float32" else 1e-5)
     assert (distances > 1e-4).float().mean() <= (0.001 if dtype == "float32" else 0.1)
@@ -323,7 +335,7 @@ def test_memory_that_runs_out(
     torch.cuda.set_per_process_memory_fraction(room / total)
     got = encoder.encode_document(texts, batch_tokens=1 << 20)
     assert warnings_of_nomoe.text.count("did not fit in memory") == 1
-    distances = 1 - (torch.from_numpy(got).double() * torch.from_numpy(right).double()).sum(1)
+    distances = distances_of(torch.from_numpy(got), torch.from_numpy(right))
     assert (distances > 1e-6).float().mean() <= 0.001
 
 
