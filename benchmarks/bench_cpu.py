@@ -110,13 +110,14 @@ def packing_once() -> Callable[[Tensor], cpu.Matrix]:
 
     Of a batch, of a case: else every one of them would hold a copy of all weights.
     """
-    known: dict[tuple[object, ...], cpu.Matrix] = {}
+    # beside the matrix it is of, lest another come to lie there
+    known: dict[tuple[object, ...], tuple[Tensor, cpu.Matrix]] = {}
 
     def pack(weight_OI: Tensor) -> cpu.Matrix:
         key = (weight_OI.data_ptr(), weight_OI.shape, weight_OI.stride(), weight_OI.dtype)
         if key not in known:
-            known[key] = cpu.pack_weight(weight_OI)
-        return known[key]
+            known[key] = weight_OI, cpu.pack_weight(weight_OI)
+        return known[key][1]
 
     return pack
 

@@ -32,6 +32,7 @@ from .moe import (
     cpu_ops,
     rows_wanted,
     select_backend,
+    untraced,
 )
 
 logger = logging.getLogger(__name__)
@@ -533,7 +534,7 @@ class NomicMoEModel(nn.Module):
                     f"{self.config.embedding_rows}"
                 )
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @untraced
     def _lay_out(self) -> Ops:
         """Have the weights as the forward that follows wants them, and give its kernels."""
         ops = None

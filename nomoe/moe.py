@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 
 from nomoe_kernels import cpu, reference
 from nomoe_kernels.configs import AttentionTile as AttentionTile
@@ -113,18 +114,32 @@ def cpu_ops(dtype: torch.dtype) -> Ops | None:
     return cpu if cpu.supports(dtype) else None
 
 
+def untraced(function: Callable[..., Result]) -> Callable[..., Result]:
+    """Have torch.compile leave a function alone.
+
+    As torch.compiler.disable, which however imports the compiler there and then: more than a second
+    and 150 MB for whoever compiles nothing.
+    """
+    alone = _disable_dynamo(function)
+
+    @wraps(function)
+    def run(*args: Any, **options: Any) -> Result:
+        return (alone if torch.compiler.is_compiling() else function)(*args, **options)
+
+    return run
+
+
 def compiled_if_plain(method: Callable[..., Result]) -> Callable[..., Result]:
     """Have torch.compile leave a method alone unless its argument `ops` is plain torch.
 
     The compiler takes packed matrices and Triton kernels for something of its own, and gains
     nothing beside them.
     """
-    alone = torch.compiler.disable(method)
+    alone = untraced(method)
 
     @wraps(method)
     def run(*args: Any, ops: Ops, **options: Any) -> Result:
-        is_plain = ops is reference or not torch.compiler.is_compiling()
-        return (method if is_plain else alone)(*args, ops=ops, **options)
+        return (method if ops is reference else alone)(*args, ops=ops, **options)
 
     return run
 

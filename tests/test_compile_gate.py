@@ -32,8 +32,9 @@ COMPILED = [(name, "float16") for name in DEVICES] + [
 # what works on whole rows keeps each within a warp: their threads need not meet
 ROWS = ("route_kernel", "unpermute_kernel", "add_layer_norm_kernel", "embed_kernel")
 MOST_BARRIERS = 12
-# Bytes a thread may spill outside Hopper's products. Triton 3.6 and 3.7 spill none; the assembler
-# of 3.8 gives up two values where that lets one more program run on a multiprocessor.
+# Bytes a thread may spill outside Hopper's products, with one store and one load to each four.
+# Triton 3.6 and 3.7 spill none; the assembler of 3.8 gives up two values where that lets one more
+# program run on a multiprocessor.
 MOST_SPILLED = 8
 INSTRUCTION = {
     "cuda:90": "wgmma",
@@ -63,9 +64,10 @@ def faults(report: dict[str, Any]) -> set[str]:
         found.add("shared memory")
     is_hopper, is_product = target == "cuda:90", report["kernel"] in PRODUCTS
     # elsewhere the small kernels around the products may spill a few registers
-    if report["spills"] and (is_hopper or is_product):
+    if (report["spills"] or report.get("stack")) and (is_hopper or is_product):
         # on AMD the spills are numbers of registers, and none is told as bytes
-        is_trade = report.get("stack", MOST_SPILLED + 1) <= MOST_SPILLED
+        is_few = report["spills"] <= MOST_SPILLED // 2
+        is_trade = is_few and report.get("stack", MOST_SPILLED + 1) <= MOST_SPILLED
         found |= set() if is_trade and not (is_hopper and is_product) else {"spills"}
     if report.get("split_copies"):
         found.add("split copies")
@@ -147,6 +149,8 @@ def test_spills_are_seen() -> None:
     report = {"target": "cuda:90", "kernel": "route_kernel", "options": {}, "shared": 64}
     assert faults(report | {"spills": 4, "stack": 8}) == set()
     assert faults(report | {"spills": 8, "stack": 16}) == {"spills"}
+    assert faults(report | {"spills": 5, "stack": 8}) == {"spills"}
+    assert faults(report | {"spills": 0, "stack": 64}) == {"spills"}
     product = report | {"kernel": "attention_kernel", "options": {"BLOCK_M": 64}, "dtypes": [""]}
     built = {"wgmma": 4, "copies": 4, "mma": 4, "mfma": 4}
     assert faults(product | built | {"spills": 0}) == set()

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import gc
+import os
 import pickle
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -63,6 +66,18 @@ def test_a_compiled_padded_forward() -> None:
         expected, got = model(ids_BL, mask_BL), partly(ids_BL, mask_BL)
     assert len(got) == len(expected)
     assert torch.equal(got[0], expected[0])
+
+
+def test_who_compiles_nothing_imports_no_compiler() -> None:
+    """It takes more than a second and 150 MB."""
+    program = (
+        "import sys, torch; from nomoe import NomicMoEModel, data; "
+        "model = NomicMoEModel.from_pretrained(data.TINY, device='cpu').requires_grad_(False); "
+        "model.forward_packed(torch.tensor([1, 2, 3]), [3]); "
+        "sys.exit('torch._dynamo' in sys.modules)"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    subprocess.run([sys.executable, "-c", program], env=environment, check=True)
 
 
 def test_all_outputs_come_through() -> None:
