@@ -484,7 +484,7 @@ def main(arguments: list[str] | None = None) -> int:
     device = args.device
     if device.type == "cuda":
         # graphs are captured on the current device
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(device.index or 0)
     machine = report.machine_line(device)
     dtype = DTYPES[args.dtype]
     obstacle = triton_obstacle(device, dtype)
