@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import triton
 
 from tests.compile_kernels import DEVICES, split_copies
 
@@ -33,9 +34,9 @@ COMPILED = [(name, "float16") for name in DEVICES] + [
 ROWS = ("route_kernel", "unpermute_kernel", "add_layer_norm_kernel", "embed_kernel")
 MOST_BARRIERS = 12
 # Bytes a thread may spill outside Hopper's products, with one store and one load to each four.
-# Triton 3.6 and 3.7 spill none; the assembler of 3.8 gives up two values where that lets one more
-# program run on a multiprocessor.
-MOST_SPILLED = 8
+# Triton 3.6 and 3.7 may spill none; the assembler of 3.8 gives up two values where that lets one
+# more program run on a multiprocessor.
+MOST_SPILLED = 8 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8) else 0
 INSTRUCTION = {
     "cuda:90": "wgmma",
     "cuda:100": "tcgen05",
@@ -145,8 +146,12 @@ def test_barriers_are_seen() -> None:
     assert faults(good | {"barriers": 52}) == {"barriers"}
 
 
-def test_spills_are_seen() -> None:
+def test_spills_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     report = {"target": "cuda:90", "kernel": "route_kernel", "options": {}, "shared": 64}
+    monkeypatch.setitem(globals(), "MOST_SPILLED", 0)
+    assert faults(report | {"spills": 0, "stack": 0}) == set()
+    assert faults(report | {"spills": 1, "stack": 4}) == {"spills"}
+    monkeypatch.setitem(globals(), "MOST_SPILLED", 8)
     assert faults(report | {"spills": 4, "stack": 8}) == set()
     assert faults(report | {"spills": 8, "stack": 16}) == {"spills"}
     assert faults(report | {"spills": 5, "stack": 8}) == {"spills"}
