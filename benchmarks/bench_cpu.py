@@ -68,6 +68,7 @@ DRIFT = {"float32": 0.0, "bfloat16": 0.1, "f32": 0.02, "bf16": 0.1, "q8_0": 0.1}
 def draw_texts(config: NomicMoEConfig, *, long: bool) -> dict[str, list[list[int]]]:
     """Texts of random token ids: a query, a long text, a batch of equals, mixed lengths."""
     generator = np.random.default_rng(SEED)
+    draw = drawer(config, generator)
     mixed = generator.integers(16, 256, 16, endpoint=True).tolist()
     shapes = {
         "1 text of 16 tokens": [16],
@@ -77,10 +78,15 @@ def draw_texts(config: NomicMoEConfig, *, long: bool) -> dict[str, list[list[int
         "512 texts of 16 to 256 tokens": generator.integers(16, 256, 512, endpoint=True).tolist(),
     }
     return {
-        title: [generator.integers(4, config.vocab_size, length).tolist() for length in lengths]
+        title: [draw(length) for length in lengths]
         for title, lengths in shapes.items()
         if long or len(lengths) < 512
     }
+
+
+def drawer(config: NomicMoEConfig, generator: np.random.Generator) -> Callable[[int], list[int]]:
+    """Make what draws a text of random token ids."""
+    return lambda length: generator.integers(4, config.vocab_size, length).tolist()
 
 
 def no_expert_bias(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -346,6 +352,10 @@ def main(arguments: list[str] | None = None) -> int:
         dtype: {name: one.to(DTYPES[dtype]) for name, one in exact.items()} for dtype in types
     }
     models = {dtype: peers.Packed(model_of(config, states[dtype]), BATCH_TOKENS) for dtype in types}
+    draw = drawer(config, np.random.default_rng(SEED + 1))
+    inputs = {
+        title: models["float32"].away_from_ties(texts, draw) for title, texts in inputs.items()
+    }
     others: list[tuple[peers.Peer, str]] = []
     for dtype in types:
         loop = peers.PaddedLoop(config, states[dtype])

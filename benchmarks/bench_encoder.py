@@ -14,7 +14,8 @@ checkpoint, and the published code runs where `--trust-remote-code` allows it.
 
 Without --model the checkpoint is random at the real sizes and routes as the real one does. Every
 vector has to agree with that of the looping form in float32, one text at a time; otherwise the run
-ends with no speed. Results go to benchmarks/results/ as dated JSON and Markdown.
+ends with no speed. In float32, texts that rounding may send to other experts are left out. Results
+go to benchmarks/results/ as dated JSON and Markdown.
 """
 
 from __future__ import annotations
@@ -179,6 +180,13 @@ def compare(
     cases = []
     for title, texts in tqdm(inputs.items(), disable=None):
         ids = tokenizer(texts, MOST_TOKENS).ids
+        # in 16 bits there are too many, and DRIFT has room for them
+        if args.dtype == "float32" and (near := packed.near_ties(ids, peers.NEAR_TIE)):
+            kept = sorted(set(range(len(texts))).difference(near))
+            title = f"{title}, {len(near)} near a tie left out"
+            texts, ids = [texts[place] for place in kept], [ids[place] for place in kept]
+            if not kept:
+                continue
         cases += build_cases(
             title, texts, ids, from_ids, from_strings, packed, tensors, oracle, args.dtype
         )

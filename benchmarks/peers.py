@@ -5,7 +5,7 @@ An adapter takes token ids, so that all contenders do the same work and tokenisi
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from itertools import chain
 from typing import Any, Protocol
 
@@ -16,6 +16,11 @@ from torch import Tensor
 from nomoe import NomicMoEConfig, NomicMoEModel
 from nomoe.batching import make_batches
 from nomoe.moe import MoE, Pooling, router_input
+
+# experts that are less far apart in probability may change places by rounding in float32
+NEAR_TIE = 2e-6
+# a model whose router cannot tell experts apart has no text that is not near a tie
+MOST_DRAWS = 20
 
 
 class Peer(Protocol):
@@ -84,7 +89,7 @@ class Packed:
 
     @torch.no_grad()
     def near_ties(self, texts: list[list[int]], gap: float) -> list[int]:
-        """Positions of texts that the last bit of a sum may send to other experts.
+        """Positions, in order, of texts that the last bit of a sum may send to other experts.
 
         Those have a token of which, in some layer, the last expert that is chosen and the first
         that is not are less than `gap` apart in the router's probabilities.
@@ -92,8 +97,8 @@ class Packed:
         config = self.model.config
         if config.moe_top_k == config.num_experts:
             return []
-        lengths = [len(ids) for ids in texts]
-        is_near_T = torch.zeros(sum(lengths), dtype=torch.bool, device=self.model.device)
+        # of the batch under way
+        is_near_T = torch.empty(0)
 
         def look(layer: torch.nn.Module, inputs: tuple[Any, ...]) -> None:
             assert isinstance(layer, MoE)
@@ -105,12 +110,32 @@ class Packed:
 
         layers = [one for one in self.model.modules() if isinstance(one, MoE)]
         hooks = [one.register_forward_pre_hook(look) for one in layers]
+        near = []
         try:
-            self.model.forward_packed(self._ids(texts), lengths)
+            for positions in self.batches([len(ids) for ids in texts]):
+                lengths = [len(texts[position]) for position in positions]
+                ids_T = self._ids(texts[position] for position in positions)
+                is_near_T = torch.zeros_like(ids_T, dtype=torch.bool)
+                self.model.forward_packed(ids_T, lengths)
+                parts = zip(positions, is_near_T.split(lengths), strict=True)
+                near += [position for position, part in parts if part.any()]
         finally:
             for hook in hooks:
                 hook.remove()
-        return [place for place, one in enumerate(is_near_T.split(lengths)) if one.any()]
+        return sorted(near)
+
+    def away_from_ties(
+        self, texts: list[list[int]], draw: Callable[[int], list[int]]
+    ) -> list[list[int]]:
+        """Put other texts, drawn by their length, in the place of those that are near a tie."""
+        texts = list(texts)
+        for _ in range(MOST_DRAWS):
+            near = self.near_ties(texts, NEAR_TIE)
+            if not near:
+                break
+            for position in near:
+                texts[position] = draw(len(texts[position]))
+        return texts
 
     def _ids(self, texts: Iterable[list[int]]) -> Tensor:
         return torch.tensor(list(chain.from_iterable(texts))).to(self.model.device)

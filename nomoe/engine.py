@@ -143,16 +143,33 @@ class CudaRecorder:
                 # while recording, torch cannot give memory back to make room
                 torch.cuda.synchronize()
                 torch.cuda.empty_cache()
-                # other threads may go on allocating
-                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-                try:
-                    step()
-                finally:
-                    graph.capture_end()
+                with _own_cublas_workspaces():
+                    # other threads may go on allocating
+                    graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+                    try:
+                        step()
+                    finally:
+                        graph.capture_end()
         finally:
             # the step may be under way even where it was not recorded
             caller.wait_stream(self._stream)
         return _CudaRecording(graph, self._device, step)
+
+
+@contextmanager
+def _own_cublas_workspaces() -> Iterator[None]:
+    """Have what is recorded take cuBLAS's workspaces from the recordings' pool of memory.
+
+    Otherwise it builds in those that torch holds for the stream, until whoever else records, such
+    as torch.compile(mode="reduce-overhead"), has torch drop them all. Here they are dropped too;
+    other threads' stay in torch's cache, for the same stream, so that work under way is safe.
+    """
+    torch._C._cuda_clearCublasWorkspaces()
+    try:
+        yield
+    finally:
+        # the next recording may use the same memory, so torch may not hold on to it
+        torch._C._cuda_clearCublasWorkspaces()
 
 
 class _CudaRecording:

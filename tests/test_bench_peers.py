@@ -87,7 +87,7 @@ def test_adapters_keep_the_order_of_the_texts(golden_tiny):
         assert (alone[0] - alone[1]).abs().max() > 0.1
 
 
-def test_texts_near_a_tie_are_found():
+def test_texts_near_a_tie_are_found(monkeypatch):
     config = NomicMoEConfig.from_json(data.TINY / "config.json")
     model = NomicMoEModel.from_pretrained(data.TINY, device="cpu").eval()
     packed = peers.Packed(model)
@@ -98,6 +98,17 @@ def test_texts_near_a_tie_are_found():
     some = packed.near_ties(texts, 0.004)
     assert 0 < len(some) < 7
     assert some == [place for place, ids in enumerate(texts) if packed.near_ties([ids], 0.004)]
+    assert some == peers.Packed(model, batch_tokens=12).near_ties(texts, 0.004)
+    # texts of the same lengths take their place
+    monkeypatch.setattr(peers, "NEAR_TIE", 0.004)
+    generator = np.random.default_rng(2)
+    others = packed.away_from_ties(
+        texts[:-1], lambda length: generator.integers(0, 512, size=length).tolist()
+    )
+    assert packed.near_ties(others, 0.004) == []
+    assert [len(ids) for ids in others] == [5, 1, 9, 4, 2, 3]
+    kept = [place for place in range(6) if place not in some]
+    assert [others[place] for place in kept] == [texts[place] for place in kept]
     # experts that a router cannot tell apart
     tied = model.state_dict()
     name = next(name for name in tied if name.endswith("router.layer.weight"))

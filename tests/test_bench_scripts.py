@@ -98,6 +98,31 @@ def test_a_wrong_contender_leaves_no_speed_anywhere(bench_encoder, monkeypatch, 
     assert not output.exists()
 
 
+def test_texts_near_a_tie_are_left_out(bench_encoder, monkeypatch, tmp_path):
+    near = {16: [3, 5], 8: [0], 2: [0, 1]}
+    monkeypatch.setattr(
+        bench_encoder.peers.Packed, "near_ties", lambda _, texts, gap: near.get(len(texts), [])
+    )
+    seen = []
+    make = bench_encoder.build_cases
+    monkeypatch.setattr(
+        bench_encoder,
+        "build_cases",
+        lambda title, texts, ids, *rest: (
+            seen.append((title, len(texts), len(ids))) or make(title, texts, ids, *rest)
+        ),
+    )
+    command = ["--smoke", "--device=cpu", "--repeats=1", f"--output={tmp_path}"]
+    assert bench_encoder.main(command) == 0
+    assert seen == [
+        ("1 query", 1, 1),
+        ("16 queries, 2 near a tie left out", 14, 14),
+        ("8 passages, 1 near a tie left out", 7, 7),
+        # nothing is left of the documents
+        ("a mixture of 13", 13, 13),
+    ]
+
+
 def test_16_bits_agree_within_their_bounds(bench_encoder, tmp_path, capsys):
     command = ["--smoke", "--device=cpu", "--dtype=bfloat16", "--repeats=1"]
     assert bench_encoder.main([*command, f"--output={tmp_path}"]) == 0

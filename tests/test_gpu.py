@@ -88,6 +88,19 @@ def moe_layer(x_TD: Tensor, *weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return fused.moe_layer(x_TD, *weights, K)
 
 
+def rms_of(values: Tensor) -> float:
+    return values.double().square().mean().sqrt().item()
+
+
+def most_error(plain: Tensor, exact: Tensor, terms: int) -> float:
+    """What a product of so many terms may be off by: half as much again as cuBLAS.
+
+    For a few rows in float32 cuBLAS adds up many short sums. One long sum, rounded after each of
+    its n terms, may be off by sqrt(n) roundings, 2**-24 each.
+    """
+    return max(1.5 * rms_of(plain - exact), terms**0.5 * 2**-24 * rms_of(exact))
+
+
 @pytest.mark.parametrize("count", [1, 7, 64, 129, 500, 1000, 3000, 20_000])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_layer_at_every_size(count: int, dtype: torch.dtype) -> None:
@@ -103,8 +116,7 @@ def test_layer_at_every_size(count: int, dtype: torch.dtype) -> None:
     assert is_clear_T.float().mean() > 0.999
     same = (experts_TK == exact_experts_TK).all(dim=1)
     assert same.float().mean() > 0.999
-    rms, plain_rms = ((one - exact_TD)[same].square().mean().sqrt() for one in (out_TD, plain[0]))
-    assert rms <= 1.5 * plain_rms
+    assert rms_of((out_TD - exact_TD)[same]) <= most_error(plain[0][same], exact_TD[same], F)
     assert out_TD.isfinite().all()
 
 
@@ -188,10 +200,10 @@ def test_dense_products_at_every_size(
     )
     given = x_TI.to(dtype), (weight_OI / inner**0.5).to(dtype), bias_O.to(dtype)
     exact_TO = reference.linear(*(one.double() for one in given), gelu=gelu)
-    plain = (reference.linear(*given, gelu=gelu) - exact_TO).square().mean().sqrt()
+    most = most_error(reference.linear(*given, gelu=gelu), exact_TO, inner)
     for module in (fused, invariant):
         first = module.linear(*given, gelu=gelu)
-        assert (first - exact_TO).square().mean().sqrt() <= 1.5 * plain
+        assert rms_of(first - exact_TO) <= most
         assert all(torch.equal(module.linear(*given, gelu=gelu), first) for _ in range(10))
     # any rows of them alone: the same bits
     some = invariant.linear(

@@ -22,7 +22,9 @@ pytestmark = pytest.mark.gpu
 
 POOLING = Pooling(768, False, True)
 # 1 - cosine of a text: at most where no expert flips, and where one does; see nomoe verify
-ALIKE = {torch.float32: (1e-9, 1e-9), torch.float16: (5e-6, 1e-4), torch.bfloat16: (2e-3, 2e-2)}
+ALIKE = {torch.float32: (1e-9, 1e-5), torch.float16: (5e-6, 1e-4), torch.bfloat16: (2e-3, 2e-2)}
+# of fewer texts, a flip may move the median
+MOST_FEW = 8
 # one query, its lengths; one long text; batches; texts that differ; more texts than a power of four
 SHAPES = [
     *([1], [3], [8], [9], [16], [17], [40], [129], [512]),
@@ -58,7 +60,8 @@ def check_alike(got: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
     assert got.shape == expected.shape
     distances = distances_of(got, expected)
     usual, worst = ALIKE[dtype]
-    assert distances.median() <= usual
+    if len(distances) > MOST_FEW:
+        assert distances.median() <= usual
     assert distances.max() <= worst
 
 
@@ -191,8 +194,24 @@ def test_recordings_share_their_memory(model: NomicMoEModel) -> None:
     assert grown < 2 * largest + (64 << 20)
     runner.reset()
     torch.cuda.empty_cache()
-    # what cuBLAS keeps for the stream of recordings stays
+    # of cuBLAS's workspaces, only those of this test's own stream are left
     assert torch.cuda.memory_reserved() - before < 128 << 20
+
+
+def test_recordings_outlive_workspaces_that_others_drop(model: NomicMoEModel) -> None:
+    """As torch.compile(mode="reduce-overhead") does around its own recordings."""
+    lengths = [512] * 4
+    ids = ids_of(model, sum(lengths))
+    runner = Engine(model)
+    for _ in range(3):
+        expected = runner.embed(ids, lengths, POOLING, to_host=True)()
+    torch._C._cuda_clearCublasWorkspaces()
+    gc.collect()
+    torch.cuda.empty_cache()
+    # whatever was given back is somebody else's now
+    theirs = [torch.zeros(1 << 20, dtype=torch.uint8, device="cuda") for _ in range(512)]
+    assert torch.equal(runner.embed(ids, lengths, POOLING, to_host=True)(), expected)
+    assert not any(one.any() for one in theirs)
 
 
 def test_changed_weights_are_not_replayed(full_width: NomicMoEModel) -> None:
@@ -336,7 +355,8 @@ def test_memory_that_runs_out(
     got = encoder.encode_document(texts, batch_tokens=1 << 20)
     assert warnings_of_nomoe.text.count("did not fit in memory") == 1
     distances = distances_of(torch.from_numpy(got), torch.from_numpy(right))
-    assert (distances > 1e-6).float().mean() <= 0.001
+    assert distances.median() <= 1e-9
+    assert (distances > 1e-4).float().mean() <= 0.001
 
 
 def test_warmup_leaves_nothing_to_record(tiny_folder: Path) -> None:
