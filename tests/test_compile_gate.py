@@ -138,6 +138,14 @@ def test_specialised_kernel() -> None:
         assert report["warps"] == 12
 
 
+@pytest.mark.parametrize("tile", [["tma", 64, 64, 32, 4, 2], ["tma", 64, 32, 32, 4, 2]])
+def test_tiles_of_the_gpu_tests_compile(tile: list[Any]) -> None:
+    """In float32, in which no formula and no menu has this kernel."""
+    for report in compile_for("cuda:90", "float32", tile):
+        assert report["wgmma"]
+        assert not report["spills"]
+
+
 def test_barriers_are_seen() -> None:
     # with weights loaded as one row for all warps, each load passed through shared memory
     report = {"target": "cuda:90", "kernel": "route_kernel", "options": {}, "shared": 64}

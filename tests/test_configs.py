@@ -175,6 +175,19 @@ def test_the_invariant_tile_fits(device: Device, itemsize: int) -> None:
     assert tile.splits == 1
 
 
+def test_bytes_of_a_tile() -> None:
+    # four stages of (128, 64) and (64, 256) of two bytes: 16 and 32 KB each
+    assert Tile("tma", 128, 256, 64, 8, 4).shared_memory(2) == 4 * 48 * 1024
+    # three stages of (64, 32) and (32, 128) of four
+    assert Tile("pointer", 64, 128, 32, 8, 3).shared_memory(4) == 3 * 24 * 1024
+
+
+def test_what_triton_cannot_compile_is_no_choice() -> None:
+    tile = Tile("specialized", 128, 128, 32, 4, 3)
+    assert configs.supports(tile, 8, 768, 2)
+    assert not configs.supports(tile, 8, 768, 4)
+
+
 def test_candidates_fit() -> None:
     for device in DEVICES.values():
         for itemsize in (2, 4):
@@ -201,7 +214,12 @@ def test_the_tuner(
         return (out * (2 if tiles.up == spoiled.up else 1), *rest)
 
     monkeypatch.setattr(tune.fused, "run_layer", run)
-    monkeypatch.setattr(tune, "time_plan", lambda layers, tiles, repeats: 1e-3 + tiles.down.block_m)
+    fastest = "pointer"
+
+    def time_plan(layers: object, tiles: Plan, repeats: int) -> float:
+        return tiles.down.block_m + (0 if tiles.up.kernel == fastest else 100)
+
+    monkeypatch.setattr(tune, "time_plan", time_plan)
     sizes = ["--width=32", "--ffn-width=32", "--experts=4", "--dtype=float32", "--only=layer"]
     with pytest.raises(SystemExit):
         tune.main(sizes)
@@ -219,6 +237,15 @@ def test_the_tuner(
     for rows in (16, 32):
         shape = Shape(4, 32, 32, 4, rows)
         assert configs.tuned_plan(device, shape) == Plan(good, good)
+    # what the formula says is tried though no menu has it
+    formula = configs.formula(device, shape)
+    fastest = formula.up.kernel
+    assert fastest != "pointer"
+    theirs = table.with_name("theirs.json")
+    assert tune.main([*sizes[:-1], f"--output={theirs}", "--rows", "32"]) == 0
+    monkeypatch.setattr(configs, "TUNED", theirs)
+    forget()
+    assert configs.tuned_plan(device, shape) == formula
 
     # what the table has is kept as it is, unless asked
     monkeypatch.setattr(configs, "TUNED", table)
@@ -253,12 +280,14 @@ def test_the_tuner_of_dense_products_and_attention(
     monkeypatch.setattr(tune.fused, "linear", run)
     monkeypatch.setattr(tune.fused.launch, "rotate", rotate_unless_spoiled)
     # of those that are right the fastest wins
-    seconds = {"library": 2.0, wrong: 0.5, good: 1.0, forms[0]: 0.5, forms[1]: 1.0}
+    seconds = {"library": 2.0, wrong: 0.5, good: 1.0, forms[0]: 0.5, forms[1]: 1.0, "formula": 2.0}
 
     def pretend(calls: list[Any], repeats: int) -> float:
         # (tile, layer) of a product, (qkv, packing) of attention
         first, second = calls[0].args
-        return seconds[second.tile if isinstance(second, tune.fused.Packing) else first]
+        choice = second.tile if isinstance(second, tune.fused.Packing) else first
+        # what no menu has is the formula's
+        return seconds.get(choice, seconds["formula"])
 
     monkeypatch.setattr(tune, "time_calls", pretend)
     output = table.with_name("mine.json")
@@ -283,6 +312,9 @@ def test_the_tuner_of_dense_products_and_attention(
     assert tuned("--again") == (good, forms[0])
     seconds["library"] = 0.1
     assert tuned("--again") == ("library", forms[0])
+    seconds["formula"] = 0.05
+    dense = configs.dense_formula(device, DenseShape(32, 48, 4, 16, gelu=True))
+    assert tuned("--again") == (dense, forms[0])
 
 
 def test_a_tile_that_fails_is_left_out_unless_the_device_is_lost(

@@ -160,14 +160,58 @@ def test_no_synchronisation_and_graph_replay(count: int) -> None:
             assert torch.equal(one, other)
 
 
-def test_rows_past_the_reach_of_int32() -> None:
+@pytest.mark.parametrize("kernel", ["configured", "pointer"])
+def test_rows_past_the_reach_of_int32(kernel: str) -> None:
+    from nomoe_kernels import configs, fused, launch
+
     # 2 * 400,000 rows of 3072 numbers: offsets pass 2^31 at token 349,525
     weights = real_layer(torch.float16)
     few_TD = tokens_of(4000, torch.float16)
-    out_TD = moe_layer(few_TD.repeat(100, 1), *weights)[0]
+    tiles = None
+    if kernel == "pointer":
+        tile = configs.invariant_tile(launch.device(few_TD.device), 2)
+        assert tile.kernel == "pointer"
+        tiles = configs.Plan(tile, tile)
+    out_TD = fused.run_layer(few_TD.repeat(100, 1), *weights, K, tiles=tiles)[0]
     expected_TD = moe_layer(few_TD, *weights)[0]
     off = (out_TD.view(100, 4000, D) - expected_TD).abs().amax() / expected_TD.abs().max()
     assert off < 2e-3
+
+
+def test_attention_past_the_reach_of_int32() -> None:
+    from nomoe_kernels import configs, fused
+
+    # a million tokens of 3 * 768 numbers
+    lengths = [512, 300, 212] * 10
+    few = torch.randn(sum(lengths), 3, 12, 64, device="cuda", dtype=torch.float16)
+    positions_T = torch.cat([torch.arange(length) for length in lengths]).cuda()
+    expected = fused.attention(
+        few.clone(), fused.pack(lengths, positions_T, 512, 64, 1e4, torch.float16)
+    )
+    for kernel in ("rotating", "rotated"):
+        tile = configs.invariant_attention(2)._replace(kernel=kernel)
+        packing = fused.pack(
+            lengths * 100, positions_T.repeat(100), 512, 64, 1e4, torch.float16, tile=tile
+        )
+        out_TD = fused.attention(few.repeat(100, 1, 1, 1), packing)
+        off = (out_TD.view(100, *expected.shape) - expected).abs().amax()
+        assert off < 2e-3 * expected.abs().max(), kernel
+
+
+def test_rows_of_norms_and_pooling_past_the_reach_of_int32() -> None:
+    from nomoe_kernels import fused
+
+    # three million tokens of 768 numbers
+    few_TD = tokens_of(3000, torch.float16)
+    weight_D, bias_D = torch.ones_like(few_TD[0]), torch.zeros_like(few_TD[0])
+    norm = reference.Norm(weight_D, bias_D, 1e-5)
+    many_TD = few_TD.repeat(1000, 1)
+    out_TD = fused.add_layer_norm(many_TD, many_TD, norm)
+    expected_TD = fused.add_layer_norm(few_TD, few_TD, norm)
+    assert torch.equal(out_TD.view(1000, 3000, D), expected_TD.expand(1000, -1, -1))
+    pooling = Pooling(D, False, True)
+    vectors = fused.pool(many_TD, [3000] * 1000, pooling)
+    assert torch.equal(vectors, fused.pool(few_TD, [3000], pooling).expand(1000, -1))
 
 
 @pytest.mark.parametrize("count", [24, 700, 6000])

@@ -13,6 +13,8 @@ from .reference import Norm
 
 MAX_EXPERTS = 64
 MAX_TOP_K = 8
+# blocks of keys and values of wider heads may not fit a device's shared memory
+MAX_HEAD_WIDTH = 64
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -75,6 +77,9 @@ def router(router_weight_ED: Tensor, x_TD: Tensor, top_k: int) -> int:
     experts = router_weight_ED.shape[0] if router_weight_ED.dim() else 0
     tensor("router_weight_ED", router_weight_ED, (experts, x_TD.shape[1]), like=x_TD)
     counts(experts, top_k)
+    # rows are numbered in int32
+    if len(x_TD) * top_k >= 1 << 31:
+        raise ValueError(f"{len(x_TD)} tokens make more than 2^31 rows; split them")
     return experts
 
 
@@ -130,6 +135,3 @@ def layer(
             "both weights must have one dtype, and x that one or float32"
         )
     tensor("bias_D", bias_D, (D,), like=x_TD)
-    # rows are numbered in int32
-    if len(x_TD) * top_k >= 1 << 31:
-        raise ValueError(f"{len(x_TD)} tokens make more than 2^31 rows; split them")

@@ -327,7 +327,7 @@ def candidates(device: Device, itemsize: int, experts: int, inner: int) -> Itera
         is_too_large = block_n == 256 and (itemsize == 4 or kernel == "pointer")
         # fewer rows than 128 give both groups of multiplying warps the same half
         is_wasteful = kernel == "specialized" and block_m < 128
-        if fits and supports(tile, experts, inner) and not (is_too_large or is_wasteful):
+        if fits and supports(tile, experts, inner, itemsize) and not (is_too_large or is_wasteful):
             yield tile
 
 
@@ -377,13 +377,16 @@ def largest(device: Device, shape: Shape, inner: int, outer: int) -> Tile:
         tile: seconds(tile, efficiency)
         for tile, efficiency in menu(device, shape.itemsize).items()
         if tile.shared_memory(shape.itemsize) <= device.shared_memory
-        and supports(tile, shape.experts, inner)
+        and supports(tile, shape.experts, inner, shape.itemsize)
     }
     return min(fitting, key=lambda tile: fitting[tile], default=MINIMAL)
 
 
-def supports(tile: Tile, experts: int, inner: int) -> bool:
+def supports(tile: Tile, experts: int, inner: int, itemsize: int) -> bool:
     """Whether a kernel can compute a product of this inner width over so many experts."""
+    if tile.kernel == "specialized" and itemsize != 2:
+        # Triton up to 3.8 does not compile three passes of tf32 in a specialised loop
+        return False
     if tile.kernel in ("tma", "specialized"):
         # its blocks must not run into the next expert's matrix, and it decodes tiles by scalars
         return inner % tile.block_k == 0 and experts <= 16

@@ -169,7 +169,7 @@ def moe_block(
 
     # where the rows of each token are now, best expert first, and the bias
     position_R = torch.empty_like(order_R)
-    position_R[order_R] = torch.arange(R)
+    position_R[order_R] = torch.arange(R, device=order_R.device)
     terms = F.pad(position_R.view(T, K), (0, 1), value=R)
     factors = F.pad(weights_TK, (0, 1), value=1.0)
     sum_TD = F.embedding_bag(terms, products_RD, mode="sum", per_sample_weights=factors)

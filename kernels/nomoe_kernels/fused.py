@@ -7,7 +7,8 @@ They run on CUDA devices of compute capability 8.0 and up, and on a CPU under Tr
 use three tensor-core passes (tf32x3), so that float32 stays float32.
 
 There is no host synchronisation and no autotuning at run time, except that `permute` reads back
-the range of a routing it is handed. There is no backward pass: a gradient raises RuntimeError.
+the range of a routing it is handed, and that a table of rotary angles is copied at its first use.
+There is no backward pass: a gradient raises RuntimeError.
 Kernels that make descriptors for the tensor memory accelerator need device memory, for which
 `triton.set_allocator` is given torch's allocator.
 """
@@ -593,7 +594,8 @@ def _in_token_order(rows_RD: Tensor, order_R: Tensor | None, top_k: int) -> Tens
 
 def _copy(numbers: Sequence[Any], shape: tuple[int, ...], device: torch.device) -> Tensor:
     """int32 numbers on a device, from pinned memory, so that nobody waits."""
-    on_host = torch.tensor(numbers, dtype=torch.int32, pin_memory=device.type == "cuda")
+    is_cuda = device.type == "cuda"
+    on_host = torch.tensor(numbers, dtype=torch.int32, device="cpu", pin_memory=is_cuda)
     return on_host.view(shape).to(device, non_blocking=True)
 
 
@@ -609,5 +611,6 @@ def rotary_table(
 def _rotary_table(
     rows: int, head_width: int, base: float, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    cos, sin = rotary_angles(torch.arange(rows), head_width, base)
+    cos, sin = rotary_angles(torch.arange(rows, device="cpu"), head_width, base)
+    # waits for the copy, since the next to use it may be on another stream
     return cos.to(device), sin.to(device)

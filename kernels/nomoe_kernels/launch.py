@@ -98,8 +98,10 @@ def grouped_gemm(
 ) -> None:
     """Run the kernel that the tile names; without ends the first matrix multiplies all rows."""
     (E, inner, outer), R = weight_EIO.shape, len(out_RO)
-    if tile.kernel == "small" or not supports(tile, E, inner):
-        raise ValueError(f"{tile} cannot cut a product of {E} experts and inner width {inner}")
+    if tile.kernel == "small" or not supports(tile, E, inner, rows_RI.itemsize):
+        raise ValueError(
+            f"{tile} cannot cut a product of {E} experts and inner width {inner} in {rows_RI.dtype}"
+        )
     if R == 0:
         return
     is_o_contiguous = weight_EIO.stride(2) == 1

@@ -305,11 +305,14 @@ class Packing(NamedTuple):
 def rotary_angles(positions_T: Tensor, head_width: int, base: float) -> tuple[Tensor, Tensor]:
     """Cosine and sine of position * base^(-2i / H), i < H / 2, each (T, H / 2) in float32.
 
-    The angles are computed in float64: in float32 those of late tokens would be off by 1e-4.
+    The angles are computed in float64: in float32 those of late tokens would be off by 1e-4. Where
+    a device has no float64 the host computes them.
     """
-    exponents = torch.arange(0, head_width, 2, device=positions_T.device).double()
-    angles = positions_T.double()[:, None] * base ** (-exponents / head_width)
-    return angles.cos().float(), angles.sin().float()
+    device = positions_T.device
+    home = torch.device("cpu") if device.type == "mps" else device
+    exponents = torch.arange(0, head_width, 2, device=home).double()
+    angles = positions_T.to(home).double()[:, None] * base ** (-exponents / head_width)
+    return angles.cos().float().to(device), angles.sin().float().to(device)
 
 
 def pack(

@@ -34,8 +34,9 @@ from triton.errors import TritonError
 from . import checks, configs, fused, reference
 from .configs import AttentionShape, AttentionTile, DenseShape, Device, Plan, Shape, Tile
 
-# weights that no L2 cache holds: five layers of 75 MB each
+# weights that no L2 cache holds: five layers of 75 MB each, and of one matrix as many as make
 LAYERS = 5
+COLD_BYTES = 256 << 20
 # rows up to which the kernel for few rows is tried
 SMALL_ROWS = 2048
 SPLITS = (1, 2, 4, 8)
@@ -177,6 +178,9 @@ def rounds(device: Device, shape: Shape) -> Iterator[Callable[[Plan], list[Plan]
             best,
             *(Plan(best.up, tile) for tile in small_down if best.up.kernel == "small"),
         ]
+    # no menu need have what the table takes the place of
+    formula = configs.formula(device, shape)
+    yield lambda best: [formula]
 
 
 def tune(
@@ -228,9 +232,11 @@ def tune_dense(
         return (torch.randn(*size, generator=generator, device=where) * scale).to(dtype)
 
     x_TI = normal(shape.rows, shape.inner)
+    matrix = shape.outer * shape.inner * shape.itemsize
+    count = COLD_BYTES // matrix if where.type == "cuda" else 0
     layers = [
         (normal(shape.outer, shape.inner, scale=shape.inner**-0.5), normal(shape.outer))
-        for _ in range(LAYERS)
+        for _ in range(max(LAYERS, count))
     ]
     weight_OI, bias_O = (one.float() for one in layers[0])
     expected = reference.linear(x_TI.float(), weight_OI, bias_O, gelu=shape.gelu)
@@ -244,7 +250,13 @@ def tune_dense(
     def take_time(tile: Tile | Literal["library"]) -> float:
         return time_calls([partial(call, tile, layer) for layer in layers], repeats)
 
-    tiles: list[Tile | Literal["library"]] = ["library", *configs.dense_candidates(device, shape)]
+    # what the table would take the place of is among them
+    menu = [
+        "library",
+        configs.dense_formula(device, shape),
+        *configs.dense_candidates(device, shape),
+    ]
+    tiles: list[Tile | Literal["library"]] = list(dict.fromkeys(menu))
     timed = {
         tile: seconds_of(tile, partial(check, tile), partial(take_time, tile), bar)
         for tile in tiles
@@ -264,7 +276,7 @@ def tune_attention(
     """The fastest form of attention over texts of one length, and its seconds.
 
     A form that rotates in place would rotate once more at every call: it is compared with plain
-    torch once at true positions, and timed with all of them 0, which costs the same.
+    torch once, and timed with angles of 0 in the place of the true ones, which cost as much.
 
     Raises:
         RuntimeError: No form gives the right result.
@@ -287,7 +299,7 @@ def tune_attention(
         return is_close(out, expected, shape.itemsize)
 
     def take_time(tile: AttentionTile) -> float:
-        packing = packed(tile, torch.zeros_like(positions_T))
+        packing = unturned(packed(tile, positions_T))
         return time_calls([partial(fused.attention, one, packing) for one in qkv], repeats)
 
     timed = {
@@ -296,6 +308,11 @@ def tune_attention(
     }
     best = min(timed, key=lambda tile: timed[tile])
     return _usable(best, timed[best])
+
+
+def unturned(packing: fused.Packing) -> fused.Packing:
+    """The same with angles of 0: a rotation reads as much, and changes nothing."""
+    return packing._replace(cos=torch.ones_like(packing.cos), sin=torch.zeros_like(packing.sin))
 
 
 def entry(device: Device, shape: Shape, tiles: Plan, seconds: float) -> dict[str, Any]:
