@@ -10,12 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .model import NomicMoEModel
 from .moe import MoE, router_input
 
 
 @contextmanager
 def router_probabilities(model: nn.Module) -> Iterator[dict[str, list[Tensor]]]:
     """Within it, collect what the routers of a model make of every token.
+
+    Forwards on a CPU run on the parameters meanwhile, not on matrices packed for inference.
 
     Args:
         model: A `NomicMoEModel`, or any module that holds one.
@@ -33,14 +36,22 @@ def router_probabilities(model: nn.Module) -> Iterator[dict[str, list[Tensor]]]:
 
         return hook
 
+    # on packed matrices a batch gets rows of no token
+    packing = [
+        part for part in model.modules() if isinstance(part, NomicMoEModel) and part.packs_matrices
+    ]
     handles = [
         part.register_forward_pre_hook(hook_of(name))
         for name, part in model.named_modules()
         if isinstance(part, MoE)
     ]
     try:
+        for part in packing:
+            part.packs_matrices = False
         yield collected
     finally:
+        for part in packing:
+            part.packs_matrices = True
         for handle in handles:
             handle.remove()
 

@@ -96,7 +96,12 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAMES",
         help="columns that go along, with commas; '' for none (default: all)",
     )
-    embed.add_argument("--precision", choices=_PRECISIONS, default="float32")
+    embed.add_argument(
+        "--precision",
+        choices=_PRECISIONS,
+        default="float32",
+        help="of the vectors that are written (default: %(default)s)",
+    )
     embed.add_argument("--max-seq-length", type=int, metavar="TOKENS", help="(default: 512)")
     embed.add_argument("--batch-tokens", type=int, metavar="TOKENS", help="most tokens of a batch")
     embed.add_argument(
@@ -136,16 +141,15 @@ def _parser() -> argparse.ArgumentParser:
     route = add("route", "Show which experts the texts of a file use, layer by layer.")
     route.add_argument(
         "input",
-        type=Path,
         metavar="TEXTFILE",
-        help="what embed reads: .txt, .jsonl, ...",
+        help="a file, folder, pattern or URI of what embed reads: .txt, .jsonl, ...",
     )
     route.add_argument(
         "-o",
         "--output",
         type=Path,
         metavar="PICTURE",
-        help="heat map, .png or .svg (default: TEXTFILE.routes.png; needs matplotlib)",
+        help="heat map, .png, .svg or .pdf (default: TEXTFILE.routes.png; needs matplotlib)",
     )
     route.add_argument("--prompt", default="document", metavar="NAME", help="(default: document)")
     route.add_argument("--column", default="text", help="(default: text)")
@@ -153,7 +157,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_model_options(route)
 
     info = add("info", "Show versions, the device, and the backend in use and why.")
-    info.add_argument("--device")
+    info.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
     return parser
 
 
@@ -166,8 +170,17 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--revision", help="branch, tag or commit of a Hub repository")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
-    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"))
-    parser.add_argument("--backend", choices=("auto", "torch", "triton"), default="auto")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "float16", "bfloat16"),
+        help="of the model (default: float32 on a CPU, float16 on CUDA)",
+    )
+    parser.add_argument(
+        "--backend",
+        choices=("auto", "torch", "triton"),
+        default="auto",
+        help="kernels (default: %(default)s, the fastest that run)",
+    )
 
 
 def _demo(options: argparse.Namespace) -> int:
@@ -253,8 +266,9 @@ def _verify(options: argparse.Namespace) -> int:
     from .moe import select_backend
     from .verify import Check, table, verify_golden, verify_published, verify_reference
 
-    if options.reference and find_spec("transformers") is None:
-        raise ImportError("the reference code needs transformers: pip install 'nomoe[reference]'")
+    for name in ("transformers", "einops") if options.reference else ():
+        if find_spec(name) is None:
+            raise ImportError(f"the reference code needs {name}: pip install 'nomoe[reference]'")
     device = resolve_device(options.device)
     dtype = resolve_dtype(options.dtype, device)
     backend = select_backend(options.backend, device, dtype=dtype)
@@ -300,14 +314,22 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _route(options: argparse.Namespace) -> int:
+    from .corpus.sources import find_sources
     from .files import check_output
     from .routes import PICTURE_SUFFIXES
 
-    picture = options.output or options.input.with_name(options.input.name + ".routes.png")
+    picture = options.output
     drawable = find_spec("matplotlib") is not None
-    if options.output and not drawable:
+    if picture and not drawable:
         raise ImportError("the picture needs matplotlib: pip install 'nomoe[plot]'")
     if drawable:
+        given = Path(options.input)
+        if picture is None and not given.is_file():
+            find_sources(options.input)
+            raise ValueError(
+                f"{options.input} is not one file here: -o says where the picture goes"
+            )
+        picture = picture or given.with_name(given.name + ".routes.png")
         check_output(picture, PICTURE_SUFFIXES, overwrite=options.overwrite)
     texts = list(_texts(options))
     routes = _load(options).route(
@@ -317,7 +339,7 @@ def _route(options: argparse.Namespace) -> int:
     title = f"expert use, {len(texts):,} texts, {tokens:,} tokens"
     print(f"{title}\n\n{routes.table()}\n")
     if drawable:
-        routes.save_picture(picture, f"{options.input.name}: {title}")
+        routes.save_picture(picture, f"{Path(options.input).name}: {title}")
         print(f"picture: {picture}")
     else:
         print("for a picture: pip install 'nomoe[plot]'")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import pipeline, similarity
+from .arguments import check_count, check_dim, check_length, choose_prompt
 from .checkpoint import CONFIG_FILE, DEFAULT_REPO, TOKENIZER_FILE, locate
 from .config import NomicMoEConfig
 from .engine import Engine, Pooling, token_budget
@@ -123,8 +123,13 @@ class Encoder:
         # the small files first, so that nothing is found wrong only after the weights are read
         config = NomicMoEConfig.from_json(folder / CONFIG_FILE)
         settings = read_sentence_settings(folder, config.n_positions)
-        _check_length(max_seq_length or settings.max_seq_length, config)
-        _check_dim(settings.truncate_dim if truncate_dim is None else truncate_dim, config)
+        if max_seq_length is None:
+            max_seq_length = settings.max_seq_length
+        if truncate_dim is None:
+            truncate_dim = settings.truncate_dim
+        check_length(max_seq_length, config)
+        if truncate_dim is not None:
+            check_dim("truncate_dim", truncate_dim, config)
         tokenizer = Tokenizer(folder / TOKENIZER_FILE, config.embedding_rows)
         model = NomicMoEModel.from_pretrained(
             folder, device=device, dtype=dtype, backend=backend, batch_invariant=batch_invariant
@@ -140,7 +145,7 @@ class Encoder:
 
     @max_seq_length.setter
     def max_seq_length(self, value: int) -> None:
-        self._max_seq_length = _check_length(value, self.model.config)
+        self._max_seq_length = check_length(value, self.model.config)
 
     @property
     def truncate_dim(self) -> int | None:
@@ -149,7 +154,9 @@ class Encoder:
 
     @truncate_dim.setter
     def truncate_dim(self, value: int | None) -> None:
-        self._truncate_dim = _check_dim(value, self.model.config)
+        if value is not None:
+            value = check_dim("truncate_dim", value, self.model.config)
+        self._truncate_dim = value
 
     @property
     def device(self) -> torch.device:
@@ -210,8 +217,7 @@ class Encoder:
         Raises:
             ValueError: `texts` is below 1, or `truncate_dim` outside 1..d.
         """
-        if (_whole(texts) or 0) < 1:
-            raise ValueError(f"texts is {texts!r}, expected at least 1")
+        texts = check_count("texts", texts)
         plan = self._plan(None, "", truncate_dim=truncate_dim, normalize=normalize_embeddings)
         self._engine.prepare(texts, self.max_seq_length, plan.pooling)
         return self
@@ -254,8 +260,9 @@ class Encoder:
             normalize_embeddings: Make vectors unit norm, after truncation. False leaves them as
                 SentenceTransformer would: unit norm before truncation, shorter after it.
             truncate_dim: Keep only the first features; None takes the encoder's setting.
-            batch_tokens: Most tokens of a batch; None chooses by device and its free memory. A
-                batch that does not fit is halved, and the rest of the call kept to that size.
+            batch_tokens: Most tokens of a batch; None chooses by device and its free memory. On
+                CUDA a batch that does not fit is halved, and the rest of the call kept to that
+                size.
             on_too_long: "warn" cuts texts over `max_seq_length` and logs how many; "error" refuses.
             ranges: (2, d) minimum and maximum of each feature for int8 and uint8, in place of the
                 fixed range.
@@ -269,7 +276,7 @@ class Encoder:
             TypeError: The input or one of its items is not text; the message says which.
             ValueError: An unknown prompt name, precision or dimension, text that is not valid
                 Unicode, or a text too long under `on_too_long="error"`.
-            torch.OutOfMemoryError: A text does not fit in memory even by itself.
+            torch.OutOfMemoryError: On CUDA, a text does not fit in memory even by itself.
         """
         texts = _as_list(inputs)
         plan = self._plan(
@@ -293,6 +300,8 @@ class Encoder:
             raise ValueError("precision applies to output_value='sentence_embedding' only")
         if device is not None:
             self.to(device)
+            if batch_tokens is None:
+                plan = plan._replace(batch_tokens=self._budget(len(texts)))
         if prompt_name is None and prompt is None:
             texts = list(self._noting_missing_prompt(texts))
 
@@ -389,10 +398,11 @@ class Encoder:
             An iterator of (m, d) arrays, in input order; m varies.
 
         Raises:
-            TypeError: `inputs` is a str or bytes, or a text is not a str (while iterating).
+            TypeError: `inputs` is one text, a mapping or a table, or a text is not a str (while
+                iterating).
             ValueError: As `encode`; for a bad text while iterating.
         """
-        if isinstance(inputs, str | bytes | bytearray):
+        if isinstance(inputs, str | bytes | bytearray) or _is_table(inputs):
             raise TypeError(f"stream takes an iterable of texts, not one {type(inputs).__name__}")
         plan = self._plan(
             prompt_name,
@@ -461,21 +471,6 @@ class Encoder:
         """Cosine similarity row by row, (n,) float32; see `nomoe.similarity.cosine_pairwise`."""
         return similarity.cosine_pairwise(embeddings1, embeddings2)
 
-    def _prefix(self, prompt_name: str | None, prompt: str | None) -> str:
-        if prompt is not None:
-            if not isinstance(prompt, str):
-                raise TypeError(f"prompt is {type(prompt).__name__}, expected str")
-            check_texts([prompt])
-            return prompt
-        name = self.default_prompt_name if prompt_name is None else prompt_name
-        if name is None:
-            return ""
-        if name not in self.prompts:
-            raise ValueError(
-                f"no prompt is named {name!r}; known: {', '.join(sorted(self.prompts))}"
-            )
-        return self.prompts[name]
-
     def _noting_missing_prompt(self, texts: Iterable[str]) -> Iterator[str]:
         """Pass texts through; log once per encoder if one carries none of the trained prefixes."""
         known = tuple(prompt for prompt in self.prompts.values() if prompt)
@@ -509,8 +504,10 @@ class Encoder:
         texts: int | None = None,
     ) -> Plan:
         """Check a call's settings before anything is computed; `texts` is None where unknown."""
-        prefix = self._prefix(prompt_name, prompt)
-        dim = _check_dim(truncate_dim, self.model.config) or self.get_embedding_dimension()
+        prefix = choose_prompt(self.prompts, self.default_prompt_name, prompt_name, prompt)
+        dim = self.get_embedding_dimension()
+        if truncate_dim is not None:
+            dim = check_dim("truncate_dim", truncate_dim, self.model.config)
         check_precision(precision, dim, ranges)
         unit = normalize or (self._normalizes and dim == self.model.config.n_embd)
         if precision in ("int8", "uint8") and ranges is None and not unit:
@@ -518,14 +515,14 @@ class Encoder:
                 f"the fixed range of {precision} is for unit vectors; give ranges= or leave "
                 "normalize_embeddings on"
             )
-        for name, value in (("batch_size", batch_size), ("batch_tokens", batch_tokens)):
-            if value is not None and (_whole(value) or 0) < 1:
-                raise ValueError(f"{name} is {value!r}, expected at least 1")
+        if batch_size is not None:
+            batch_size = check_count("batch_size", batch_size)
+        if batch_tokens is not None:
+            batch_tokens = check_count("batch_tokens", batch_tokens)
         if on_too_long not in ("warn", "error"):
             raise ValueError(f"on_too_long is {on_too_long!r}, expected 'warn' or 'error'")
         if batch_tokens is None:
-            is_small = texts is not None and texts * self.max_seq_length <= _FEW_TOKENS
-            batch_tokens = _FEW_TOKENS if is_small else token_budget(self.model)
+            batch_tokens = self._budget(texts)
         return Plan(
             prefix=prefix,
             max_length=self.max_seq_length,
@@ -534,6 +531,11 @@ class Encoder:
             batch_size=batch_size,
             pooling=Pooling(dim, self._normalizes and not normalize, normalize),
         )
+
+    def _budget(self, texts: int | None) -> int:
+        """Most tokens of a batch of a call with so many texts."""
+        is_small = texts is not None and texts * self.max_seq_length <= _FEW_TOKENS
+        return _FEW_TOKENS if is_small else token_budget(self.model)
 
 
 def _as_list(inputs: str | Sequence[str]) -> list[str]:
@@ -546,9 +548,7 @@ def _as_list(inputs: str | Sequence[str]) -> list[str]:
     if isinstance(inputs, str):
         inputs = [inputs]
     sequence = hasattr(inputs, "__len__") and hasattr(inputs, "__getitem__")
-    # iterating over a data frame gives the names of its columns
-    table = isinstance(inputs, Mapping) or hasattr(inputs, "columns")
-    if not sequence or table or isinstance(inputs, bytes | bytearray):
+    if not sequence or _is_table(inputs) or isinstance(inputs, bytes | bytearray):
         raise TypeError(
             f"inputs is {type(inputs).__name__}, expected a str or a sequence of str; stream() "
             "takes any iterable of str"
@@ -558,24 +558,6 @@ def _as_list(inputs: str | Sequence[str]) -> list[str]:
     return texts
 
 
-def _check_dim(dim: int | None, config: NomicMoEConfig) -> int | None:
-    if dim is None:
-        return None
-    number = _whole(dim)
-    if number is None or not 1 <= number <= config.n_embd:
-        raise ValueError(f"truncate_dim is {dim}, expected 1 to {config.n_embd}")
-    return number
-
-
-def _check_length(length: int, config: NomicMoEConfig) -> int:
-    number = _whole(length)
-    if number is None or not 3 <= number <= config.n_positions:
-        raise ValueError(f"max_seq_length is {length}, expected 3 to {config.n_positions} tokens")
-    return number
-
-
-def _whole(value: object) -> int | None:
-    """Return a whole number of any type, numpy's included, as int; None for anything else."""
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        return None
-    return operator.index(value)
+def _is_table(inputs: object) -> bool:
+    """Whether iterating would give keys, or the names of a data frame's columns."""
+    return isinstance(inputs, Mapping) or hasattr(inputs, "columns")

@@ -314,7 +314,7 @@ class Engine:
         model, backend = self.model, self.model.backend
         if not backend.takes_tables:
             is_cuda = model.device.type == "cuda"
-            ids_T = torch.tensor(ids, dtype=torch.int64, pin_memory=is_cuda)
+            ids_T = torch.tensor(ids, dtype=torch.int64, device="cpu", pin_memory=is_cuda)
             ids_T = ids_T.to(model.device, non_blocking=True)
             output = model.forward_packed(ids_T, lengths, output_routing=routing)
             return output, backend.ops
@@ -354,11 +354,14 @@ class Engine:
     def prepare(self, texts: int, longest: int, pooling: Pooling) -> None:
         """Record every bucket that a batch of so many texts, each up to so many tokens, can meet.
 
-        Larger batches run once, as they are. Either way their kernels are compiled. On a CPU, where
-        nothing is recorded, one small batch runs.
+        Larger batches run once, as they are. Either way their kernels are compiled. Where nothing
+        is recorded, one small batch runs.
         """
+        # the most texts that a batch has
+        budget = token_budget(self.model)
+        texts = min(texts, budget)
         most = texts * longest
-        if self._make_recorder is recorder_for and self.model.device.type != "cuda":
+        if self._make_recorder(self.model) is None:
             self.embed([0] * min(8, longest), [min(8, longest)], pooling, to_host=True)()
             return
         for tokens in BUCKET_TOKENS:
@@ -370,7 +373,7 @@ class Engine:
             if self._replay(_Key(bucket, pooling), *batch, False, record=True) is None:
                 self.embed(*batch, pooling, to_host=False)()
         if bucket_of(most, texts) is None:
-            tokens = max(texts, min(most, token_budget(self.model)))
+            tokens = max(texts, min(most, budget))
             self.embed(*_even_batch(tokens, texts), pooling, to_host=False)()
 
     def reset(self) -> None:
@@ -510,7 +513,7 @@ class Engine:
     def _tables(self, layout: Layout, ids: Sequence[int], lengths: Sequence[int]) -> Tensor:
         # torch keeps pinned memory from being used again until the device has read it
         is_cuda = self.model.device.type == "cuda"
-        numbers = torch.empty(layout.size, dtype=torch.int32, pin_memory=is_cuda)
+        numbers = torch.empty(layout.size, dtype=torch.int32, device="cpu", pin_memory=is_cuda)
         layout.fill(numbers, ids, lengths)
         return numbers
 
@@ -560,7 +563,7 @@ def _fetch(vectors: Tensor, to_host: bool, is_buffer: bool = False) -> Callable[
         return lambda: taken
     with torch.cuda.device(vectors.device):
         if to_host:
-            taken = torch.empty(vectors.shape, dtype=vectors.dtype, pin_memory=True)
+            taken = torch.empty(vectors.shape, dtype=vectors.dtype, device="cpu", pin_memory=True)
             taken.copy_(vectors, non_blocking=True)
         else:
             taken = vectors.clone() if is_buffer else vectors

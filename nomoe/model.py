@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import copy
 import logging
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -164,7 +165,7 @@ class NomicMoEModel(nn.Module):
 
     # lay matrices out for inference on a CPU: their parameters read as NaN meanwhile to whoever
     # does not ask this class for them, see `Packable`
-    packs_matrices: ClassVar[bool] = True
+    packs_matrices: bool = True
 
     def __init__(
         self,
@@ -301,7 +302,10 @@ class NomicMoEModel(nn.Module):
     ) -> Iterator[tuple[str, nn.Parameter]]:
         """As every module's; a parameter whose numbers are packed gets them back as it comes by."""
         owners = {
-            id(part._parameters[name]): part for part in self._packables for name in part.packable
+            id(parameter): part
+            for part in self._packables
+            for name in part.packable
+            if (parameter := part._parameters.get(name)) is not None
         }
         for name, parameter in super().named_parameters(prefix, recurse, remove_duplicate):
             if id(parameter) in owners:
@@ -353,23 +357,28 @@ class NomicMoEModel(nn.Module):
                 raise ValueError(
                     f"{name} is {tuple(given.shape)}, but input_ids is {tuple(input_ids.shape)}"
                 )
-        real_BL = attention_mask.to(device=input_ids.device, dtype=torch.bool)
-        if not torch.equal(real_BL.to(attention_mask.dtype), attention_mask.to(input_ids.device)):
+        wanted = [input_ids, attention_mask != 0, (attention_mask != 0) & (attention_mask != 1)]
+        if token_type_ids is not None:
+            wanted.append(token_type_ids != 0)
+        # to the host together, so that a GPU is waited for once
+        together = torch.stack([one.to(input_ids.device, torch.int64) for one in wanted]).cpu()
+        ids_BL, real_BL, odd_BL, *typed_BL = together.unbind()
+        if odd_BL.any():
             raise ValueError("attention_mask holds values other than 0 and 1")
-        if token_type_ids is not None and token_type_ids.any():
+        if any(one.any() for one in typed_BL):
             raise ValueError("token_type_ids holds values other than 0; the model has one type")
 
         lengths = real_BL.sum(dim=1).tolist()
-        rows, columns_T = real_BL.nonzero(as_tuple=True)
-        ids_T = input_ids[real_BL]
+        rows_T, columns_T = real_BL.nonzero(as_tuple=True)
+        ids_T = ids_BL[rows_T, columns_T]
         self._check_lengths(lengths)
-        # on CUDA this waits for the device, as the mask's row lengths did
         self._check_ids(ids_T)
+        rows_T, columns_T = _sent(rows_T, self.device), _sent(columns_T, self.device)
         # columns rather than counts, so that a gap in the mask keeps its distance
         packed = self._encode(
-            ids_T.to(self.device),
+            _sent(ids_T, self.device),
             [length for length in lengths if length],
-            columns_T.to(self.device),
+            columns_T,
             span=input_ids.shape[1],
             output_hidden_states=output_hidden_states,
             output_routing=output_routing,
@@ -378,8 +387,7 @@ class NomicMoEModel(nn.Module):
 
         def pad(hidden_TD: Tensor) -> Tensor:
             hidden_BLD = hidden_TD.new_zeros(*input_ids.shape, hidden_TD.shape[-1])
-            where = (rows.to(self.device), columns_T.to(self.device))
-            return hidden_BLD.index_put(where, hidden_TD)
+            return hidden_BLD.index_put((rows_T, columns_T), hidden_TD)
 
         hidden = packed.hidden_states
         # not _replace: code that torch 2.11 compiles gets an empty tuple from it
@@ -420,9 +428,10 @@ class NomicMoEModel(nn.Module):
             if lengths.dim() != 1:
                 raise ValueError(f"lengths is {tuple(lengths.shape)}, expected one dimension")
             lengths = lengths.tolist()
-        lengths = list(lengths)
-        if not all(isinstance(length, int) for length in lengths):
-            raise ValueError("lengths holds something other than whole numbers")
+        try:
+            lengths = [operator.index(length) for length in lengths]
+        except TypeError:
+            raise ValueError("lengths holds something other than whole numbers") from None
         if ids_T.dim() != 1:
             raise ValueError(f"ids_T is {tuple(ids_T.shape)}, expected one dimension")
         _require_integers("ids_T", ids_T)
@@ -433,16 +442,17 @@ class NomicMoEModel(nn.Module):
         self._check_lengths(lengths)
         if not ids_T.is_cuda:
             self._check_ids(ids_T)
-        starts = torch.tensor([0, *lengths[:-1]]).cumsum(0)
-        positions = torch.arange(len(ids_T)) - starts[: len(lengths)].repeat_interleave(
-            torch.tensor(lengths, dtype=torch.int64), output_size=len(ids_T)
-        )
-        if ids_T.is_cuda:
-            positions = positions.pin_memory()
+        # wherever torch's default device is
+        host = torch.device("cpu")
+        starts = torch.tensor([0, *lengths[:-1]], device=host).cumsum(0)
+        lengths_B = torch.tensor(lengths, dtype=torch.int64, device=host)
+        positions = torch.arange(len(ids_T), device=host) - starts[
+            : len(lengths)
+        ].repeat_interleave(lengths_B, output_size=len(ids_T))
         return self._encode(
             ids_T,
             lengths,
-            positions.to(ids_T.device, non_blocking=True),
+            _sent(positions, ids_T.device),
             span=max(lengths, default=1),
             output_hidden_states=output_hidden_states,
             output_routing=output_routing,
@@ -463,7 +473,9 @@ class NomicMoEModel(nn.Module):
         routings = len(self.config.moe_layers) if output_routing else 0
         flat = opaque.forward_packed(
             ids_T,
-            lengths if isinstance(lengths, Tensor) else torch.tensor(lengths, dtype=torch.int64),
+            lengths
+            if isinstance(lengths, Tensor)
+            else torch.tensor(lengths, dtype=torch.int64, device="cpu"),
             self.emb_ln.weight.detach(),
             trained if torch.is_grad_enabled() else None,
             self._number,
@@ -568,7 +580,7 @@ class NomicMoEModel(nn.Module):
         if more := rows_wanted(ops, tokens, self.dtype) - tokens:
             # one text more, which is cut off in the end
             ids_T = F.pad(ids_T, (0, more))
-            positions_T = torch.cat([positions_T, torch.arange(more)])
+            positions_T = torch.cat([positions_T, torch.arange(more, device="cpu")])
             lengths = [*lengths, more]
         packing = ops.pack(
             lengths,
@@ -633,6 +645,13 @@ def resolve_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torc
     if resolved is None or resolved not in DTYPES.values():
         raise ValueError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
     return resolved
+
+
+def _sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on a device, for whose copy nobody waits."""
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def _require_integers(name: str, tensor: Tensor) -> None:

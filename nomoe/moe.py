@@ -218,6 +218,11 @@ def _triton_obstacle(
             f"its kernels take {checks.MAX_EXPERTS} experts and {checks.MAX_TOP_K} of them per "
             f"token at most, the model has {config.num_experts} and {config.moe_top_k}"
         )
+    if config.head_width > checks.MAX_HEAD_WIDTH:
+        return (
+            f"its kernels take heads of {checks.MAX_HEAD_WIDTH} features at most, the model's have "
+            f"{config.head_width}"
+        )
     if config.n_embd % 16 or config.ffn_width % 16:
         return (
             "its kernels take widths that are multiples of 16, the model's are "
@@ -257,8 +262,13 @@ class Packable(nn.Module):
 
     @torch.no_grad()
     def pack(self) -> None:
-        """Lay the matrices out for `nomoe_kernels.cpu` and free the originals."""
+        """Lay the matrices out for `nomoe_kernels.cpu` and free the originals.
+
+        What is computed from other parameters (torch's pruning, parametrizations) stays as it is.
+        """
         with LAYING_OUT:
+            if not all(name in self._parameters for name in self.packable):
+                return
             if self.packed is not None:
                 if all(_is_sealed(self._parameters[name]) for name in self.packable):
                     return
@@ -282,7 +292,7 @@ class Packable(nn.Module):
                 if not _is_sealed(parameter):
                     parameter.data = parameter.data.contiguous()
                     continue
-                dense = torch.empty(parameter.shape, dtype=parameter.dtype)
+                dense = torch.empty_like(parameter.data, memory_format=torch.contiguous_format)
                 for view, matrix in zip(self.matrices(name, dense), matrices, strict=True):
                     view.copy_(matrix.unpack())
                 parameter.data = dense
@@ -296,14 +306,14 @@ class Packable(nn.Module):
         with LAYING_OUT:
             if self.packed is not None:
                 return self.packed, {}
-            return None, {name: self.get_parameter(name).detach() for name in self.packable}
+            return None, {name: getattr(self, name).detach() for name in self.packable}
 
     def parameters_now(self) -> dict[str, Tensor]:
         """Views of the parameters, with their gradients, that keep their numbers.
 
         Another thread may pack between this and their use, and between a forward and its backward.
         """
-        parameters: dict[str, Tensor] = {name: self.get_parameter(name) for name in self.packable}
+        parameters: dict[str, Tensor] = {name: getattr(self, name) for name in self.packable}
         is_safe = not torch.is_grad_enabled() or torch.compiler.is_compiling()
         if is_safe or any(one.device.type != "cpu" for one in parameters.values()):
             return parameters
@@ -333,8 +343,14 @@ class Packable(nn.Module):
             super()._save_to_state_dict(*arguments)
 
     def __getstate__(self) -> dict[str, Any]:
-        self.unpack()
-        return self.__dict__
+        with LAYING_OUT:
+            self.unpack()
+            # another thread may pack before the pickler comes to these
+            parameters = {
+                name: one if one is None else nn.Parameter(one.detach(), one.requires_grad)
+                for name, one in self._parameters.items()
+            }
+            return {**self.__dict__, "_parameters": parameters}
 
 
 def _is_sealed(parameter: Tensor | None) -> bool:

@@ -110,6 +110,7 @@ def embed(
         rows = torch.cat([vectors for _, vectors in parts])
         order = torch.tensor(
             [position for batch, _ in parts for position in batch.positions],
+            device="cpu",
             pin_memory=rows.is_cuda,
         )
         # rows into the order of the window
@@ -129,8 +130,8 @@ def embed_tokens(
         # clones, or keeping one text would keep its whole batch
         texts = [
             {
-                "input_ids": torch.tensor(ids),
-                "attention_mask": torch.ones(len(ids), dtype=torch.int64),
+                "input_ids": torch.tensor(ids, device="cpu"),
+                "attention_mask": torch.ones(len(ids), dtype=torch.int64, device="cpu"),
                 "token_embeddings": hidden_LD.clone(),
                 "sentence_embedding": vector.clone(),
             }
@@ -173,9 +174,11 @@ def route(
         yield window, [by_position[position] for position in range(len(window.ids))]
 
 
-def progress(show: bool | None, total: int | None) -> tqdm[Any]:
+def progress(
+    show: bool | None, total: int | None, *, unit: str = "texts", what: str = "embedding"
+) -> tqdm[Any]:
     """Make a progress bar; None shows it on a terminal once the work has taken a while."""
     # given None, tqdm itself keeps silent where stderr is no terminal
     disable = None if show is None else not show
     delay = _BAR_DELAY_S if show is None else 0
-    return tqdm(total=total, unit=" texts", desc="embedding", disable=disable, delay=delay)
+    return tqdm(total=total, unit=f" {unit}", desc=what, disable=disable, delay=delay)

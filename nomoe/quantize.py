@@ -48,8 +48,8 @@ def quantize(
     int8 maps [-4/sqrt(d), 4/sqrt(d)], four standard deviations of a random unit vector's feature,
     linearly to [-127, 127], rounds to nearest and clips, so zero stays zero and dot products keep
     their order. The range is fixed: a text quantises alike alone and among a million. uint8 is the
-    same plus 128. With `ranges` both give sentence-transformers' codes for those ranges. binary and
-    ubinary keep the signs, 8 to a byte, first feature highest.
+    same plus 128. With `ranges` both give the codes of sentence-transformers 6.2 for those ranges.
+    binary and ubinary keep the signs, 8 to a byte, first feature highest.
 
     Args:
         vectors: (n, d), unit norm.

@@ -13,7 +13,9 @@ def cosine(embeddings1: Any, embeddings2: Any) -> Tensor:
     """Cosine similarity of all pairs.
 
     Args:
-        embeddings1: (n, d) or (d,), array or tensor, any dtype.
+        embeddings1: (n, d) or (d,), array or tensor: floating-point numbers or int8 codes. (uint8
+            codes are the same plus 128, and binary ones hold eight features a byte: neither has a
+            cosine of use.)
         embeddings2: (m, d) or (d,).
 
     Returns:

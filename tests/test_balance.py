@@ -41,6 +41,7 @@ def test_ends_of_its_range() -> None:
     assert float(load_balancing_loss(same, 2)) == pytest.approx(4)
 
 
+@pytest.mark.usefixtures("library")
 def test_probabilities_are_the_oracles(tiny_folder: Path) -> None:
     model = NomicMoEModel.from_pretrained(tiny_folder, device="cpu")
     ids = [0, 17, 900, 1234, 5, 2]
@@ -55,6 +56,10 @@ def test_probabilities_are_the_oracles(tiny_folder: Path) -> None:
             for one in (forwards[0][:6], forwards[1]):
                 torch.testing.assert_close(one.double(), probabilities, atol=1e-5, rtol=0)
                 assert one.requires_grad is grad
+    # where matrices are packed, so many tokens would come with rows of none
+    with router_probabilities(model) as more, torch.no_grad():
+        model.forward_packed(torch.arange(129), [129])
+    assert {one.shape for [one] in more.values()} == {(129, 8)}
     model(torch.tensor([ids]))
     # nothing is collected after its end
     assert len(next(iter(collected.values()))) == 2

@@ -8,6 +8,7 @@ import resource
 import stat
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import BinaryIO
 
@@ -187,7 +188,6 @@ BAD_INPUT = {
         b'"a"\n',
         "row 0 (the first is 0): a JSON str, expected an object",
     ),
-    "taken": ("in.jsonl", b'{"text": "a", "embedding": 1}\n', "already has 'embedding'"),
     "surrogate": (
         "in.jsonl",
         b'{"text": "\\ud800"}\n',
@@ -278,6 +278,14 @@ def test_route(text_file: Path, tiny_folder: Path, capsys: pytest.CaptureFixture
     svg = text_file.with_name("use.svg")
     assert run("route", text_file, "--model", tiny_folder, "-o", svg) == 0
     assert b"<svg" in svg.read_bytes()
+    # what embed reads: a URI, a pattern, a folder; none of them says where the picture goes
+    for given in (text_file.as_uri(), f"{text_file.parent}/*.txt", text_file.parent):
+        assert run("route", given, "--model", tiny_folder) == 2
+        assert "is not one file here: -o says where" in capsys.readouterr().err
+        assert run("route", given, "--model", tiny_folder, "-o", svg, "--overwrite") == 0
+        assert "expert use, 5 texts" in capsys.readouterr().out
+    assert run("route", text_file.with_name("absent.txt"), "--model", tiny_folder) == 2
+    assert "there is no file or folder" in capsys.readouterr().err
 
 
 def test_demo(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -323,3 +331,12 @@ def test_shipped_sentences_cover_ten_scripts() -> None:
         if character.isalpha()
     }
     assert len(scripts) >= 10
+
+
+@pytest.mark.parametrize("name", ["transformers", "einops"])
+def test_the_reference_code_says_what_it_needs(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("nomoe.cli.find_spec", lambda one: None if one == name else find_spec(one))
+    assert run("verify", "--reference") == 2
+    assert f"needs {name}: pip install 'nomoe[reference]'" in capsys.readouterr().err

@@ -298,7 +298,6 @@ def typed_pair(folder: Path, first: Any, second: Any) -> Path:
         (pa.array([INT]), pa.array([0.5])),
         (pa.array([LARGE], pa.uint64()), pa.array([-5])),
         (pa.array([Decimal("12345678901234567891")]), pa.array([0.5])),
-        (pa.array([16777217], pa.int32()), pa.array([0.5], pa.float32())),
         (pa.array([[INT]]), pa.array([[0.5]])),
         (pa.array([{"x": INT}]), pa.array([{"x": 0.5}])),
         (pa.array([10**10], pa.timestamp("s")), pa.array([1], pa.timestamp("ns"))),
@@ -323,6 +322,8 @@ def test_types_that_lose_something_are_refused(
         (pa.array([2**32 - 1], pa.uint32()), pa.array([-5])),
         (pa.array([2**32 - 1], pa.uint32()), pa.array([-5], pa.int8())),
         (pa.array([2**31 - 1], pa.int32()), pa.array([0.1])),
+        (pa.array([16777217], pa.int32()), pa.array([0.1], pa.float32())),
+        (pa.array([2**15 - 1], pa.int16()), pa.array([np.float16(0.1)], pa.float16())),
         (pa.array([0.1], pa.float32()), pa.array([0.1])),
         (pa.array(["a"]), pa.array(["b"], pa.large_string())),
         (pa.array(["a"]).dictionary_encode(), pa.array(["b"])),
@@ -371,6 +372,25 @@ def test_numbers_of_json_widen_where_they_lose_nothing(
     write(tmp_path / "b.jsonl", [{"text": "t", "n": 0.5}])
     with pytest.raises(ValueError, match=r"b\.jsonl: column 'n' holds double, but int64 before"):
         make_plan(find_sources(f"{tmp_path}/*.jsonl"), shard_rows=10, form="parquet")
+
+
+def test_columns_that_are_not_written_are_not_in_the_way(
+    tmp_path: Path, shallow_model: dict[str, Any]
+) -> None:
+    rows = [
+        {"text": "a", "embedding": [1.0], "source_row": 7, "mixed": 1},
+        {"text": "b", "mixed": "x"},
+    ]
+    source = write(tmp_path / "in.jsonl", rows)
+    embed_corpus(source, tmp_path / "out.npy", **shallow_model)
+    assert np.load(tmp_path / "out.npy").shape == (2, 96)
+    keep: Any = {"columns": ["source_row"], **shallow_model}
+    embed_corpus(source, tmp_path / "out.jsonl", **keep)
+    lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [line.get("source_row") for line in lines] == [7, None]
+    for out, options in (("o.jsonl", {"on_bad": "skip"}), ("folder", {}), ("o.parquet", {})):
+        with pytest.raises(ValueError, match="already has 'source_row', which the output adds"):
+            embed_corpus(source, tmp_path / out, **keep, **options)
 
 
 @pytest.mark.parametrize("out", ["out", "o.parquet", "o.jsonl", "o.npy"])

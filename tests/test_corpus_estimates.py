@@ -89,6 +89,21 @@ def test_an_estimate_reads_few_long_texts_and_leaves_out_what_is_done(
         estimate_corpus(source, out, dim=64, **shallow_model)
 
 
+def test_an_estimate_counts_the_processes_that_would_run(
+    tmp_path: Path, shallow_model: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, out = write(tmp_path / "in.jsonl", make_rows(100)), tmp_path / "out"
+    options = {"shard_rows": 25, **shallow_model}
+    assert estimate_corpus(source, out, workers=3, **options).workers == 3
+    assert estimate_corpus(source, out, workers=9, **options).workers == 4
+    embed_corpus(source, out, **options)
+    (out / "part-000002.parquet").unlink()
+    assert estimate_corpus(source, out, workers=3, **options).workers == 1
+    # as three GPUs: one file is written by one
+    monkeypatch.setattr("nomoe.corpus.request.choose_devices", lambda *_: ["cpu"] * 3)
+    assert estimate_corpus(source, tmp_path / "out.npy", **options).workers == 1
+
+
 def test_progress_is_logged_nowhere_and_cuts_once(
     tmp_path: Path, shallow_model: dict[str, Any], warnings_of_nomoe: pytest.LogCaptureFixture
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,13 @@ from typing import Any
 import pytest
 
 from nomoe import embed_corpus
+from nomoe.corpus import workers
 from nomoe.corpus.manifest import read_manifest, shard_metadata
 from nomoe.corpus.plan import make_plan
 from nomoe.corpus.request import make_request
 from nomoe.corpus.shards import ShardReader
 from nomoe.corpus.sources import find_sources
+from nomoe.corpus.workers import cores as count_cores
 from tests.corpora import make_rows, write
 
 
@@ -225,6 +228,14 @@ def test_bad_calls_are_refused_before_the_input_is_read(
         ({"limit": 0}, ValueError, "limit is 0"),
         ({"workers": 0}, ValueError, "workers is 0"),
         ({"batch_tokens": 0}, ValueError, "batch_tokens is 0"),
+        # one that is not whole would end the run late
+        ({"limit": 1e6}, ValueError, r"limit is 1000000\.0, expected a whole number"),
+        ({"dim": 64.0}, ValueError, r"dim is 64\.0"),
+        ({"shard_rows": 2.5}, ValueError, r"shard_rows is 2\.5"),
+        ({"batch_tokens": "8"}, ValueError, "batch_tokens is '8'"),
+        ({"max_seq_length": 16.5}, ValueError, r"max_seq_length is 16\.5"),
+        ({"workers": 1.5}, ValueError, r"workers is 1\.5"),
+        ({"prompt": 3}, TypeError, "prompt is int, expected str"),
         ({"columns": "id"}, TypeError, "columns is a str"),
         ({"overwrite": True}, ValueError, "overwrite is for one file"),
         ({"model": tmp_path}, FileNotFoundError, "config.json"),
@@ -262,6 +273,49 @@ def test_bad_calls_are_refused_before_the_input_is_read(
         with pytest.raises(ValueError, match=message):
             embed_corpus(inputs, tmp_path.parent / "elsewhere", **shallow_model)
     assert not out.exists()
+
+
+def test_a_checkpoint_without_its_tokenizer_is_refused_before_the_input_is_read(
+    tmp_path: Path, shallow_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, out = write(tmp_path / "in.jsonl", make_rows(3)), tmp_path / "out"
+    model = shutil.copytree(shallow_folder, tmp_path / "model")
+    (model / "tokenizer.json").unlink()
+    monkeypatch.setattr("nomoe.corpus.request.make_plan", None)
+    with pytest.raises(FileNotFoundError, match=r"tokenizer\.json"):
+        embed_corpus(source, out, model=model, device="cpu")
+    # the same command goes on once it is there
+    assert not out.exists()
+
+
+def test_the_last_shard_has_the_threads_of_those_before(
+    tmp_path: Path, shallow_model: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, out = write(tmp_path / "in.jsonl", make_rows(30)), tmp_path / "out"
+    monkeypatch.setattr(workers, "cores", lambda: 6)
+    seen: list[int] = []
+
+    def run(job: Any, device: str, shards: Any, report: Any, threads: int) -> None:
+        seen.append(threads)
+        workers.run_here(job, device, shards, report, threads)
+
+    monkeypatch.setattr("nomoe.corpus.run.run_here", run)
+    embed_corpus(source, out, shard_rows=30, workers=3, **shallow_model)
+    assert seen == [2]
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [("400000 100000\n", 4), ("50000 100000\n", 1), ("max 100000\n", 64), ("", 64), (None, 64)],
+)
+def test_cores_of_a_container(
+    tmp_path: Path, content: str | None, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(64), raising=False)
+    monkeypatch.setattr(workers, "_CPU_MAX", tmp_path / "cpu.max")
+    if content is not None:
+        (tmp_path / "cpu.max").write_text(content)
+    assert count_cores() == expected
 
 
 def test_keywords_are_the_functions_own(tmp_path: Path) -> None:
@@ -308,7 +362,10 @@ def test_an_output_that_would_be_input_is_refused(
             embed_corpus(given, output, overwrite=output.suffix != "", **shallow_model)
     assert source.read_bytes() == content
     assert typed.exists()
-    # what a pattern does not match may lie beside it
+    # what a pattern does not match may lie beside it, and in a folder what is passed over
     monkeypatch.undo()
+    embed_corpus(folder, folder / "a.npy", **shallow_model)
+    embed_corpus(folder, folder / "_vectors", **shallow_model)
+    assert [Path(one.path) for one in find_sources(folder)] == [source]
     embed_corpus(f"{folder}/*.jsonl", folder / "out", **shallow_model)
     embed_corpus(f"{folder}/*.jsonl", folder / "out.npy", **shallow_model)

@@ -248,10 +248,32 @@ def test_warmup(encoder: Encoder, monkeypatch: pytest.MonkeyPatch, texts: int) -
     monkeypatch.setattr(encoder.model, "forward_packed", counted)
     assert encoder.warmup(texts) is encoder
     assert ran == [[8]], "a CPU records nothing: one small batch"
-    with pytest.raises(ValueError, match="texts is 0, expected at least 1"):
+    with pytest.raises(ValueError, match="texts is 0, expected a whole number of at least 1"):
         encoder.warmup(0)
     with pytest.raises(ValueError, match="truncate_dim is 97"):
         encoder.warmup(truncate_dim=97)
+
+
+def test_a_call_that_moves_the_model_takes_the_new_devices_budget(
+    encoder: Encoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moved: list[str] = []
+    monkeypatch.setattr(encoder, "to", moved.append)
+    monkeypatch.setattr("nomoe.encoder.token_budget", lambda _: 64 if moved else 8192)
+    budgets: list[int] = []
+    tokenized = pipeline.tokenized
+    monkeypatch.setattr(
+        pipeline,
+        "tokenized",
+        lambda tokenizer, texts, plan: (
+            budgets.append(plan.batch_tokens) or tokenized(tokenizer, texts, plan)
+        ),
+    )
+    texts = ["a"] * 20
+    encoder.encode_document(texts)
+    encoder.encode_document(texts, device="cpu")
+    encoder.encode_document(texts, device="cpu", batch_tokens=100)
+    assert budgets == [8192, 64, 100]
 
 
 def test_another_model_gets_another_engine(encoder: Encoder, tiny_folder: Path) -> None:
@@ -367,6 +389,18 @@ def test_refuses_what_is_not_text(
     inputs, message = NOT_TEXT[case]
     with pytest.raises(TypeError, match=message):
         getattr(encoder, method)(inputs)
+
+
+class Frame(dict[str, list[str]]):
+    """As a data frame: iterating gives the names of its columns."""
+
+    columns = ("text",)
+
+
+@pytest.mark.parametrize("inputs", [{"a": "some text"}, Frame(text=["a"]), "text", b"text"])
+def test_stream_refuses_what_would_give_something_else(encoder: Encoder, inputs: Any) -> None:
+    with pytest.raises(TypeError, match=f"texts, not one {type(inputs).__name__}"):
+        encoder.stream(inputs, "document")
 
 
 def test_refuses_lone_surrogates_by_position(encoder: Encoder) -> None:
@@ -526,6 +560,32 @@ def test_torchs_default_dtype_changes_nothing(encoder: Encoder, dtype: torch.dty
         assert encoder.encode_query([]).dtype == np.float32
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.usefixtures("library")
+def test_torchs_default_device_changes_nothing(tiny_folder: Path) -> None:
+    """A program for a GPU may have set it; "meta" holds no numbers, so that any use of it shows."""
+    texts = [f"{number} " * number for number in range(1, 60)]
+
+    def everything() -> list[Any]:
+        encoder = Encoder.from_pretrained(tiny_folder, device="cpu").warmup()
+        token_embeddings = encoder.encode(texts[:3], output_value="token_embeddings")
+        return [
+            encoder.encode_query(texts),
+            encoder.encode_document(texts[0], convert_to_tensor=True),
+            *encoder.stream(texts, "query", precision="int8"),
+            *token_embeddings,
+            encoder.route(texts).counts,
+        ]
+
+    expected = everything()
+    torch.set_default_device("meta")
+    try:
+        got = everything()
+    finally:
+        torch.set_default_device(None)
+    for one, other in zip(got, expected, strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 def test_fixed_ranges_are_for_unit_vectors(encoder: Encoder) -> None:

@@ -375,6 +375,20 @@ def test_preparing_for_more_than_any_bucket_runs_one_such_batch(
     assert runner.recordings == [Bucket(8, 4), Bucket(16, 4)]
 
 
+def test_preparing_for_more_texts_than_a_batch_has(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner, _ = engine_of(model)
+    ran: list[tuple[int, int]] = []
+    monkeypatch.setattr(engine, "BUCKET_TOKENS", (8, 16))
+    monkeypatch.setattr(engine, "token_budget", lambda _: 100)
+    monkeypatch.setattr(
+        runner, "embed", lambda ids, lengths, *_, **__: ran.append((len(ids), len(lengths))) or int
+    )
+    runner.prepare(10**7, 20, POOLING)
+    assert ran == [(100, 100)]
+
+
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))])
 def test_engines_are_copied_without_their_recordings(model: Any, duplicate: Any) -> None:
     other = duplicate(Engine(model))

@@ -6,6 +6,7 @@ import copy
 import gc
 import random
 import threading
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -108,6 +109,23 @@ def test_nobody_waits_for_the_device(model: NomicMoEModel, lengths: list[int]) -
     finally:
         torch.cuda.set_sync_debug_mode("default")
     check_alike(pending(), eager(model, ids, lengths), model.dtype)
+
+
+def test_the_padded_door_waits_once(model: NomicMoEModel) -> None:
+    ids_BL = torch.tensor(ids_of(model, 8 * 100), device="cuda").view(8, 100)
+    mask_BL = torch.arange(100, device="cuda") < torch.arange(30, 110, 10, device="cuda")[:, None]
+    batch = {"attention_mask": mask_BL.long(), "token_type_ids": torch.zeros_like(ids_BL)}
+    with torch.no_grad(), warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        model(ids_BL, **batch)
+        torch.cuda.synchronize()
+        seen.clear()
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            model(ids_BL, **batch)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert len([one for one in seen if "synchroniz" in str(one.message)]) == 1
 
 
 def test_batches_queue_up_before_the_first_is_done(model: NomicMoEModel) -> None:

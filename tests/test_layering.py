@@ -115,13 +115,14 @@ def test_importing_is_light(code: str) -> None:
     assert not set(HEAVY) & set(loaded)
 
 
-def test_works_without_triton() -> None:
+def test_works_without_triton(tiny_folder: Path) -> None:
     code = (
         "import sys; sys.path[:0] = ['.', 'kernels']; sys.modules['triton'] = None; "
-        "import nomoe; from nomoe import data; "
-        "print(nomoe.NomicMoEModel.from_pretrained(data.TINY, device='cpu').backend.name)"
+        "import nomoe; from nomoe.synthetic import write_checkpoint; "
+        f"encoder = nomoe.Encoder.from_pretrained({str(tiny_folder)!r}, device='cpu').warmup(); "
+        "print(encoder.backend, encoder.encode_query('a').shape, encoder.route('a').counts.sum())"
     )
-    assert run(code).strip() == "torch"
+    assert run(code).split() == ["torch", "(96,)", "36"]
 
 
 def test_public_names_resolve() -> None:

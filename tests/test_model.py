@@ -7,10 +7,12 @@ import dataclasses
 import pickle
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from benchmarks import peers
 from nomoe import NomicMoEConfig, NomicMoEModel, data
 from nomoe.model import resolve_device, resolve_dtype
 from nomoe.moe import Backend, BackendName, Pooling, select_backend
@@ -241,6 +243,14 @@ def test_refuses_bad_lengths(lengths: Any) -> None:
         model.forward_packed(torch.tensor([1, 2, 3]), lengths)
 
 
+def test_lengths_may_be_numbers_of_any_kind() -> None:
+    model = random_model(config_of(), seed=0)
+    ids_T = torch.tensor([1, 2, 3])
+    expected_TD = model.forward_packed(ids_T, [1, 2])[0]
+    for lengths in (np.array([1, 2]), [np.int64(1), torch.tensor(2)], torch.tensor([1, 2])):
+        assert torch.equal(model.forward_packed(ids_T, lengths)[0], expected_TD)
+
+
 def test_state_dict_is_the_checkpoints() -> None:
     with torch.device("meta"):
         model = NomicMoEModel(NomicMoEConfig.from_dict(data.real_config()))
@@ -274,9 +284,15 @@ def test_a_fresh_model_is_finite() -> None:
     assert 0.015 < weights["encoder.layers.1.mlp.experts.mlp.w1"].std() < 0.025
 
 
+@pytest.mark.usefixtures("library")
 @torch.no_grad()
 def test_batch_mates_move_a_text_by_at_most_5e_7(full_width: NomicMoEModel) -> None:
-    """Full width, float32: pooled unit vectors alone and inside batches of other texts."""
+    """Full width, float32: pooled unit vectors alone and inside batches of other texts.
+
+    But for texts with a token so near a tie that rounding decides.
+    """
+    # laid out for this test's library, and for that of this CPU again
+    full_width.train().eval()
     texts = batch_of([3, 16, 90, 16, 7, 128, 33, 5, *range(6, 48, 2)], vocabulary=4096)
     pool, pooling = full_width.backend.ops.pool, Pooling(full_width.config.n_embd, False, True)
 
@@ -285,11 +301,14 @@ def test_batch_mates_move_a_text_by_at_most_5e_7(full_width: NomicMoEModel) -> N
         hidden_TD = full_width.forward_packed(ids_T, lengths)[0]
         return pool(hidden_TD, lengths, pooling)
 
+    near = peers.Packed(full_width).near_ties(texts, 1e-6)
+    assert len(near) <= 1
+    clear = [place for place in range(len(texts)) if place not in near]
     alone = torch.cat([embed([text]) for text in texts])
-    drift = (embed(texts) - alone).abs().max()
-    assert drift <= 5e-7
-    turned = embed(texts[::-1]).flip(0)
-    assert (turned - alone).abs().max() <= 5e-7
+    together, turned = embed(texts), embed(texts[::-1]).flip(0)
+    full_width.train().eval()
+    for vectors in (together, turned):
+        assert (vectors - alone)[clear].abs().max() <= 5e-7
 
 
 @torch.no_grad()
@@ -338,6 +357,7 @@ def test_backends(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"num_experts": 65}, torch.float16, "has 65 and 2"),
         ({"num_experts": 16, "moe_top_k": 9}, torch.float16, "has 16 and 9"),
         ({"n_inner": 200}, torch.float16, "are 96 and 200"),
+        ({"n_head": 1}, torch.float16, "heads of 64 features at most, the model's have 96"),
         ({}, torch.float64, "do not take torch.float64"),
     ],
 )

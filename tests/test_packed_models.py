@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 from nomoe import NomicMoEModel, data
 from nomoe.moe import LAYING_OUT, Linear, MoE
@@ -78,6 +79,29 @@ def test_whoever_asks_gets_the_weights(
     before = embed(model)
     assert same(ask(model), checkpoint)
     assert torch.equal(embed(model.eval()), before)
+
+
+def test_a_pickle_keeps_its_numbers_while_another_thread_embeds(model: NomicMoEModel) -> None:
+    mlp = model.encoder.layers[1].mlp.experts.mlp
+    state = mlp.__getstate__()
+    embed(model)
+    assert mlp.w1.isnan().all()
+    again = type(mlp).__new__(type(mlp))
+    again.__setstate__(pickle.loads(pickle.dumps(state)))
+    assert torch.equal(again.w1, model.state_dict()["encoder.layers.1.mlp.experts.mlp.w1"])
+
+
+def test_a_pruned_layer_runs_on_what_is_left() -> None:
+    model = NomicMoEModel.from_pretrained(data.TINY, device="cpu")
+    plain = copy.deepcopy(model)
+    mask = torch.rand(plain.encoder.layers[0].attn.Wqkv.weight.shape) < 0.5
+    with torch.no_grad():
+        plain.encoder.layers[0].attn.Wqkv.weight.mul_(mask)
+    prune.custom_from_mask(model.encoder.layers[0].attn.Wqkv, "weight", mask)
+    assert torch.allclose(embed(model), embed(plain), atol=1e-5, rtol=0)
+    names = dict(model.named_parameters())
+    assert "encoder.layers.0.attn.Wqkv.weight_orig" in names
+    assert not names["encoder.layers.0.attn.Wqkv.weight_orig"].isnan().any()
 
 
 def test_asking_for_the_first_parameter_unpacks_nothing(model: NomicMoEModel) -> None:

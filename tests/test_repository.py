@@ -71,6 +71,20 @@ def test_a_length_of_the_tokenizer_that_is_none(folder: Path) -> None:
         read_sentence_settings(folder, 2048)
 
 
+def test_empty_prompts_are_none(folder: Path, warnings_of_nomoe: pytest.LogCaptureFixture) -> None:
+    """sentence-transformers 6 writes them where nobody set prompts."""
+    (folder / "config_sentence_transformers.json").write_text(
+        '{"prompts": {"query": "", "document": ""}}'
+    )
+    settings = read_sentence_settings(folder, 2048)
+    assert settings.prompts == TRAINED_PROMPTS | {"document": "search_document: "}
+    assert "no prompt but empty ones" in warnings_of_nomoe.text
+    (folder / "config_sentence_transformers.json").write_text(
+        '{"prompts": {"query": "q: ", "document": ""}}'
+    )
+    assert read_sentence_settings(folder, 2048).prompts == {"query": "q: ", "document": ""}
+
+
 def test_a_repositorys_dimension_and_length_give_way_to_arguments(folder: Path) -> None:
     edit(folder / "sentence_bert_config.json", max_seq_length=None)
     edit(folder / "tokenizer_config.json", model_max_length=32)
@@ -142,6 +156,8 @@ def test_odd_settings_are_refused(folder: Path, file: str, content: str, message
         ({"dtype": "float8"}, ValueError, "dtype is 'float8'"),
         ({"truncate_dim": 9999}, ValueError, "truncate_dim is 9999"),
         ({"max_seq_length": 99_999}, ValueError, "max_seq_length is 99999"),
+        ({"max_seq_length": 0}, ValueError, "max_seq_length is 0"),
+        ({"max_seq_length": 64.0}, ValueError, r"max_seq_length is 64\.0"),
         ({"backend": "triton", "dtype": "bfloat16"}, RuntimeError, "backend='triton' cannot run"),
         ({"device": "meta"}, ValueError, "computes nothing"),
         ({"device": "xpu"}, RuntimeError, "cannot use here"),

@@ -21,6 +21,7 @@ import tokenizers
 import torch
 
 from .. import pipeline
+from ..arguments import check_count, check_dim, check_length, choose_prompt
 from ..batching import tokenize_ahead
 from ..checkpoint import CONFIG_FILE, DEFAULT_REPO, TOKENIZER_FILE, locate
 from ..config import NomicMoEConfig
@@ -30,7 +31,7 @@ from ..moe import BackendName, select_backend
 from ..quantize import Precision as EncoderPrecision
 from ..quantize import check_precision, quantize
 from ..repository import read_sentence_settings
-from ..tokenizer import Tokenizer, Tokens, check_texts
+from ..tokenizer import Tokenizer, Tokens
 
 # how vectors are stored: what `Encoder.encode` gives, and float16
 Precision = Literal["float32", "float16", "int8", "uint8", "binary", "ubinary"]
@@ -97,6 +98,7 @@ def resolve_settings(
 
     Raises:
         FileNotFoundError, PermissionError, ConnectionError: The checkpoint cannot be had.
+        TypeError: `prompt` is not a str.
         ValueError: An argument is wrong, or the files are unsupported.
         RuntimeError: The backend or device cannot run here.
     """
@@ -106,28 +108,17 @@ def resolve_settings(
     folder = locate(model, revision=revision, local_files_only=local_files_only)
     config = NomicMoEConfig.from_json(folder / CONFIG_FILE)
     sentence = read_sentence_settings(folder, config.n_positions)
-    if prompt is None:
-        name = sentence.default_prompt_name if prompt_name is None else prompt_name
-        if name is not None and name not in sentence.prompts:
-            known = ", ".join(sorted(sentence.prompts))
-            raise ValueError(f"no prompt is named {name!r}; known: {known}")
-        prompt = "" if name is None else sentence.prompts[name]
-    check_texts([prompt])
+    prompt = choose_prompt(sentence.prompts, sentence.default_prompt_name, prompt_name, prompt)
     max_seq_length = sentence.max_seq_length if max_seq_length is None else max_seq_length
-    if not 3 <= max_seq_length <= config.n_positions:
-        raise ValueError(
-            f"max_seq_length is {max_seq_length}, expected 3 to {config.n_positions} tokens"
-        )
+    max_seq_length = check_length(max_seq_length, config)
     dim = (sentence.truncate_dim or config.n_embd) if dim is None else dim
-    if not 1 <= dim <= config.n_embd:
-        raise ValueError(f"dim is {dim}, expected 1 to {config.n_embd}")
+    dim = check_dim("dim", dim, config)
     if precision not in PRECISIONS:
         raise ValueError(f"precision is {precision!r}, expected one of {', '.join(PRECISIONS)}")
     check_precision(_encoder_precision(precision), dim, None)
     if batch_tokens is None:
         batch_tokens = BATCH_TOKENS.get(device.type, BATCH_TOKENS["cpu"])
-    if batch_tokens < 1:
-        raise ValueError(f"batch_tokens is {batch_tokens}, expected at least 1")
+    batch_tokens = check_count("batch_tokens", batch_tokens)
     return ModelSettings(
         folder=folder,
         dtype=str(dtype).removeprefix("torch."),

@@ -124,10 +124,13 @@ def estimate_corpus(
         check_same(begun, request.describe(), request.output)
     plan = request.plan()
     left = plan.rows
+    files = len(plan.shards) if request.is_folder else 1
+    workers = min(len(request.devices), files)
     if begun is not None:
         check_same_input(begun.plan, plan, request.output)
         finished = finished_shards(request.output, replace(begun, plan=plan))
         left -= sum(plan.shards[index].rows for index in finished)
+        workers = min(workers, max(1, files - len(finished)))
     texts, output_bytes = _write_sample(request, plan)
     lengths = [len(ids) for ids in WindowTokenizer(request.settings)(texts).ids]
     tokens = sum(lengths)
@@ -136,18 +139,18 @@ def estimate_corpus(
         # a text that is cut gives its longest, however many bytes it has
         tokens = round(tokens * plan.rows / len(texts))
     is_cpu = request.devices[0] == "cpu"
-    speed = rate * (1 if is_cpu else len(request.devices))
+    speed = rate * (1 if is_cpu else workers)
     return Estimate(
         rows=plan.rows,
         bad=plan.bad,
         text_bytes=plan.bytes,
-        shards=len(plan.shards) if request.is_folder else 1,
+        shards=files,
         tokens=tokens,
         sampled=len(texts),
         output_bytes=output_bytes,
         timed_tokens=timed,
         tokens_per_s=rate,
-        workers=len(request.devices),
+        workers=workers,
         left=left,
         seconds=tokens * left / plan.rows / speed if left else 0.0,
     )
@@ -213,7 +216,7 @@ def _write_sample(request: Request, plan: Plan) -> tuple[list[str], int]:
         if path.suffix == ".npy":
             output = NpyOutput(path, settings.stored_dim, settings.stored_dtype)
         elif path.suffix == ".jsonl":
-            output = JsonlOutput(path, numbered=False)
+            output = JsonlOutput(path, numbered=request.is_numbered)
         else:
             assert plan.schema is not None
             output = ParquetOutput(

@@ -139,6 +139,11 @@ class Plan:
         )
 
 
+def is_numbered(form: OutputForm, on_bad: OnBad) -> bool:
+    """Whether each row's number is written: where no row is left out, a .jsonl file needs none."""
+    return form == "parquet" or (form == "jsonl" and on_bad == "skip")
+
+
 def make_plan(
     sources: Sequence[Source],
     column: str = "text",
@@ -208,6 +213,8 @@ class _Planner:
         shard_rows: int,
         form: OutputForm,
     ) -> None:
+        numbered = is_numbered(form, on_bad)
+        self._added = {VECTOR_COLUMN, ROW_COLUMN} if numbered else {VECTOR_COLUMN}
         self._columns = None if columns is None else tuple(columns)
         self._on_bad = on_bad
         self._shard_rows = shard_rows
@@ -305,7 +312,7 @@ class _Planner:
             if name in self._names or (self._columns is not None and name not in self._columns):
                 continue
             self._names.add(name)
-            if name in (VECTOR_COLUMN, ROW_COLUMN):
+            if name in self._added:
                 raise ValueError(
                     f"{path} already has {name!r}, which the output adds; choose with columns= "
                     "(--columns) what goes along"

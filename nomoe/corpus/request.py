@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 import torch
-from tqdm.auto import tqdm
 
 from .. import __version__
+from ..arguments import check_count
 from ..checkpoint import DEFAULT_REPO, NEEDED_FILES, find_weights
 from ..moe import BackendName
-from .embedder import ModelSettings, Precision, resolve_settings
-from .plan import OnBad, OutputForm, Plan, make_plan
+from ..pipeline import progress
+from .embedder import ModelSettings, Precision, WindowTokenizer, resolve_settings
+from .plan import OnBad, OutputForm, Plan, is_numbered, make_plan
 from .sources import Source, find_sources, require_pyarrow, resolved, takes_in
 from .workers import choose_devices
 
@@ -23,9 +24,6 @@ OUTPUT_SUFFIXES = (".npy", ".jsonl", ".parquet")
 # Rows of a shard: what an interruption can cost one process, and the last batches of a shard run
 # less full. Some minutes on a CPU and seconds on a large GPU, at a hundred tokens a row.
 SHARD_ROWS = {"cpu": 4096, "cuda": 32_768}
-
-# a bar that would be gone before it is read is not shown
-_BAR_DELAY_S = 2.0
 
 
 class ModelOptions(TypedDict, total=False):
@@ -77,6 +75,17 @@ class Request:
     show_progress_bar: bool | None
 
     @property
+    def form(self) -> OutputForm:
+        """What is written."""
+        forms: dict[str, OutputForm] = {".npy": "npy", ".jsonl": "jsonl"}
+        return forms.get(self.output.suffix, "parquet")
+
+    @property
+    def is_numbered(self) -> bool:
+        """Whether each row's number is written."""
+        return is_numbered(self.form, self.on_bad)
+
+    @property
     def is_folder(self) -> bool:
         """Whether the output is a folder of shards."""
         return not self.output.suffix
@@ -97,8 +106,7 @@ class Request:
     def plan(self) -> Plan:
         """Read the input once; see `make_plan`."""
         assert self.shard_rows is not None
-        forms: dict[str, OutputForm] = {".npy": "npy", ".jsonl": "jsonl"}
-        with progress_bar("reading", None, self.show_progress_bar) as bar:
+        with progress(self.show_progress_bar, None, unit="rows", what="reading") as bar:
             return make_plan(
                 self.sources,
                 self.column,
@@ -106,7 +114,7 @@ class Request:
                 on_bad=self.on_bad,
                 limit=self.limit,
                 shard_rows=self.shard_rows,
-                form=forms.get(self.output.suffix, "parquet"),
+                form=self.form,
                 seen=bar.update,
             )
 
@@ -142,9 +150,8 @@ def make_request(
     """
     if on_bad not in ("fail", "skip"):
         raise ValueError(f"on_bad is {on_bad!r}, expected 'fail' or 'skip'")
-    for name, value in (("limit", limit), ("shard_rows", shard_rows)):
-        if value is not None and value < 1:
-            raise ValueError(f"{name} is {value}, expected at least 1")
+    limit = None if limit is None else check_count("limit", limit)
+    shard_rows = None if shard_rows is None else check_count("shard_rows", shard_rows)
     if isinstance(columns, str):
         raise TypeError("columns is a str, expected a list of column names")
     output = Path(output).expanduser()
@@ -182,6 +189,8 @@ def make_request(
         local_files_only=local_files_only,
     )
     find_weights(settings.folder)
+    # it is small beside them, and a run that it ends would have read its input in vain
+    WindowTokenizer(settings)
     return Request(
         sources=sources,
         output=output,
@@ -189,11 +198,13 @@ def make_request(
         devices=devices,
         model=str(model),
         column=column,
-        columns=None if columns is None else tuple(columns),
+        # a .npy file has none
+        columns=() if output.suffix == ".npy" else None if columns is None else tuple(columns),
         on_bad=on_bad,
         limit=limit,
         shard_rows=shard_rows,
-        batch_tokens=batch_tokens,
+        # checked, and None where it was not given
+        batch_tokens=None if batch_tokens is None else settings.batch_tokens,
         show_progress_bar=show_progress_bar,
     )
 
@@ -243,15 +254,3 @@ def _file_hashes(folder: Path) -> dict[str, str]:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         hashes[f"sha256 of {path.relative_to(folder).as_posix()}"] = digest
     return hashes
-
-
-def progress_bar(what: str, total: int | None, show: bool | None) -> tqdm[Any]:
-    """Make a bar of rows; None shows it on a terminal once the work has taken a while."""
-    return tqdm(
-        total=total,
-        desc=what,
-        unit=" rows",
-        # given None, tqdm itself keeps silent where stderr is no terminal
-        disable=None if show is None else not show,
-        delay=_BAR_DELAY_S if show is None else 0,
-    )

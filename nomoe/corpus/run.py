@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from ..checkpoint import DEFAULT_REPO
 from ..files import check_output
 from ..moe import BackendName
+from ..pipeline import progress
 from .embedder import Embedder, Precision
 from .manifest import (
     Manifest,
@@ -35,11 +36,10 @@ from .request import (
     default_shard_rows,
     describe_origin,
     make_request,
-    progress_bar,
 )
 from .shards import Progress, embed_shards
 from .sources import Source
-from .workers import Job, run_here, run_processes
+from .workers import Job, refuse_reentry, run_here, run_processes, threads_of
 
 logger = logging.getLogger(__name__)
 
@@ -145,6 +145,7 @@ def embed_corpus(
             process died, or the input changed meanwhile.
         OSError: The output cannot be written; finished shards stay.
     """
+    refuse_reentry()
     request = make_request(
         inputs,
         output,
@@ -196,7 +197,7 @@ def _to_file(request: Request) -> CorpusReport:
     if request.output.suffix == ".npy":
         output = NpyOutput(request.output, *size)
     elif request.output.suffix == ".jsonl":
-        output = JsonlOutput(request.output, numbered=request.on_bad == "skip")
+        output = JsonlOutput(request.output, numbered=request.is_numbered)
     else:
         assert plan.schema is not None
         output = ParquetOutput(request.output, plan.schema, *size, {})
@@ -262,11 +263,13 @@ def write_folder(
 
 
 def _embed(request: Request, job: Job, todo: list[int], report: Callable[[Progress], None]) -> None:
+    # as many for the last shard as for those before it, lest its bits depend on what is left
+    threads = threads_of(request.devices)
     devices = request.devices[: len(todo)]
     if len(devices) == 1:
-        run_here(job, devices[0], todo, report)
+        run_here(job, devices[0], todo, report, threads)
     else:
-        run_processes(job, devices, todo, report)
+        run_processes(job, devices, todo, report, threads)
 
 
 def begin(request: Request) -> tuple[Request, Manifest]:
@@ -364,7 +367,7 @@ def counting(request: Request, plan: Plan, rows: int, found: int | None = None) 
         rows: Rows that are left to embed.
         found: Shards of a folder that were there already; None for a file, of which nothing stays.
     """
-    with progress_bar("embedding", plan.rows, request.show_progress_bar) as bar:
+    with progress(request.show_progress_bar, plan.rows, unit="rows") as bar:
         bar.initial = bar.n = plan.rows - rows
         count = _Count(bar)
         try:

@@ -152,8 +152,12 @@ def takes_in(given: str, path: Path) -> bool:
     folder = Path(resolved((root or ".") if is_pattern else given))
     if folder not in path.parents:
         return False
-    inside = path.relative_to(folder).as_posix()
-    return not is_pattern or _glob_pattern(pattern).fullmatch(inside) is not None
+    inside = path.relative_to(folder)
+    if path.suffix.lower() not in FORMATS:
+        return False
+    if is_pattern:
+        return _glob_pattern(pattern).fullmatch(inside.as_posix()) is not None
+    return not _is_hidden(inside.parts)
 
 
 def hash_file(path: str, digest: Callable[[bytes], None]) -> None:

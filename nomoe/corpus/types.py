@@ -61,7 +61,11 @@ def _wider_number(one: pa.DataType, other: pa.DataType) -> pa.DataType | None:
         return wide
     if kinds.is_floating(one) or kinds.is_floating(other):
         real, whole = (one, other) if kinds.is_floating(one) else (other, one)
-        return real if whole.bit_width <= _EXACT_BITS[real.bit_width] else None
+        widths = [width for width, bits in _EXACT_BITS.items() if whole.bit_width <= bits]
+        if not widths:
+            return None
+        width = max(real.bit_width, min(widths))
+        return {16: pa.float16(), 32: pa.float32(), 64: pa.float64()}[width]
     if kinds.is_signed_integer(wide) == kinds.is_signed_integer(narrow):
         return wide
     signed, unsigned = (one, other) if kinds.is_signed_integer(one) else (other, one)

@@ -9,11 +9,12 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from multiprocessing import connection, get_context
+from multiprocessing import connection, get_context, process
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..arguments import check_count
 from .embedder import Embedder, ModelSettings
 from .manifest import Manifest, shard_metadata, shard_path
 from .outputs import Output, ParquetOutput, as_arrays
@@ -22,6 +23,7 @@ from .shards import Progress, embed_shards
 
 # cores that one process makes good use of on a CPU
 CORES_PER_PROCESS = 8
+_CPU_MAX = Path("/sys/fs/cgroup/cpu.max")
 
 
 class Job(NamedTuple):
@@ -63,10 +65,35 @@ class Job(NamedTuple):
 
 
 def cores() -> int:
-    """Return how many cores this process may use."""
+    """Return how many cores this process may use, in a container what it is granted."""
+    visible = os.cpu_count() or 1
     if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+        visible = len(os.sched_getaffinity(0))
+    try:
+        # Linux, cgroup 2: microseconds of processor time, or "max", of so many
+        quota, period = _CPU_MAX.read_text(encoding="ascii").split()
+        return max(1, min(visible, int(quota) // int(period)))
+    except (OSError, ValueError):
+        return visible
+
+
+def threads_of(devices: Sequence[str]) -> int:
+    """Return the threads of each process, if there is one for each device."""
+    return max(1, cores() // len(devices))
+
+
+def refuse_reentry() -> None:
+    """Refuse to embed while a process that was started for that imports its script.
+
+    Raises:
+        RuntimeError: The script calls for work as it is imported.
+    """
+    # as multiprocessing itself tells, where a process is started at that moment
+    if getattr(process.current_process(), "_inheriting", False):
+        raise RuntimeError(
+            "a process that embeds a corpus imported the script that started it, which begins "
+            'another run; put what the script does under `if __name__ == "__main__":`'
+        )
 
 
 def choose_devices(device: str | None, workers: int | None) -> list[str]:
@@ -87,8 +114,7 @@ def choose_devices(device: str | None, workers: int | None) -> list[str]:
     from ..model import resolve_device
 
     resolved = resolve_device(device)
-    if workers is not None and workers < 1:
-        raise ValueError(f"workers is {workers}, expected at least 1")
+    workers = None if workers is None else check_count("workers", workers)
     names = [str(resolved)]
     if resolved.type == "cuda" and device in (None, "cuda"):
         names = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
@@ -98,23 +124,41 @@ def choose_devices(device: str | None, workers: int | None) -> list[str]:
 
 
 def run_here(
-    job: Job, device: str, shards: Iterable[int], report: Callable[[Progress], None]
+    job: Job,
+    device: str,
+    shards: Iterable[int],
+    report: Callable[[Progress], None],
+    threads: int,
 ) -> None:
-    """Embed shards in this process."""
-    embed_shards(Embedder(job.settings, device), job.manifest.plan, shards, job.open_output, report)
+    """Embed shards in this process, on a CPU with so many threads or as many as torch has."""
+    import torch
+
+    earlier = torch.get_num_threads()
+    if device == "cpu":
+        torch.set_num_threads(min(threads, earlier))
+    try:
+        embedder = Embedder(job.settings, device)
+        embed_shards(embedder, job.manifest.plan, shards, job.open_output, report)
+    finally:
+        torch.set_num_threads(earlier)
 
 
 def run_processes(
-    job: Job, devices: Sequence[str], shards: Sequence[int], report: Callable[[Progress], None]
+    job: Job,
+    devices: Sequence[str],
+    shards: Sequence[int],
+    report: Callable[[Progress], None],
+    threads: int,
 ) -> None:
-    """Embed shards in one process for each device; each asks for its next one.
+    """Embed shards in one process for each device, with so many threads on a CPU.
+
+    Each asks for its next shard.
 
     Raises:
         RuntimeError: A process ended before its work did. Finished shards stay.
         OSError, ValueError, ...: What a process raised.
     """
     context = get_context("spawn")
-    threads = max(1, cores() // len(devices))
     left = deque(shards)
     pipes: dict[Connection, Any] = {}
     try:
@@ -183,10 +227,6 @@ def _work(pipe: Connection, job: Job, device: str, threads: int) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     # the tokenizer's own threads, which otherwise are as many as cores in every process
     os.environ.setdefault("RAYON_NUM_THREADS", str(threads))
-    import torch
-
-    if device == "cpu":
-        torch.set_num_threads(threads)
 
     def shards() -> Iterator[int]:
         while True:
@@ -197,7 +237,7 @@ def _work(pipe: Connection, job: Job, device: str, threads: int) -> None:
             yield shard
 
     try:
-        run_here(job, device, shards(), pipe.send)
+        run_here(job, device, shards(), pipe.send, threads)
     except (BrokenPipeError, EOFError, ConnectionResetError):
         # the parent was killed, and another run may be at work
         sys.exit(1)

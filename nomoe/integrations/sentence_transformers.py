@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..arguments import check_dim, check_length
 from ..checkpoint import CONFIG_FILE, DEFAULT_REPO, TOKENIZER_FILE, locate
 from ..config import NomicMoEConfig
 from ..model import resolve_device, resolve_dtype
@@ -80,13 +81,10 @@ def sentence_transformer(
     config = NomicMoEConfig.from_json(folder / CONFIG_FILE)
     settings = read_sentence_settings(folder, config.n_positions)
     tokenizer = Tokenizer(folder / TOKENIZER_FILE, config.embedding_rows)
-    for name, value, least, most in (
-        # a text has two special tokens around it
-        ("max_seq_length", max_seq_length, 3, config.n_positions),
-        ("truncate_dim", truncate_dim, 1, config.n_embd),
-    ):
-        if value is not None and not least <= value <= most:
-            raise ValueError(f"{name} is {value}, expected {least} to {most}")
+    if max_seq_length is not None:
+        max_seq_length = check_length(max_seq_length, config)
+    if truncate_dim is not None:
+        truncate_dim = check_dim("truncate_dim", truncate_dim, config)
     was_registered = is_registered()
     register()
     model_options: dict[str, Any] = {"dtype": dtype, "nomoe_backend": backend}
