@@ -6,12 +6,13 @@
     python benchmarks/bench_cpu.py --smoke          a toy model, in seconds
 
 nomoe, the padded looping form and llama.cpp (where its bindings are installed, see llama.py) take
-turns in one run, on the same random weights in each of their types. The weights route as the real
-ones do, see workload.py; the experts' bias is zero, since llama.cpp has none. Vectors are compared
-with those of the looping form in float64, one text at a time; one too far off ends the run with no
-speed. Ceilings are the forward's products alone, through `F.linear` and on packed matrices, and for
-the query the time to read the matrices it needs once. Results go to benchmarks/results/ as dated
-JSON and Markdown.
+turns in one run, on the same random weights in each of their types. The routers are as sure as the
+real ones and load the experts about evenly, see workload.py; the experts' bias is zero, since
+llama.cpp has none. Vectors are compared with those of the looping form in float64, one text at a
+time; one too far off ends the run with no speed. Texts that rounding may send to other experts are
+drawn anew. Ceilings are the forward's products alone, through `F.linear` and on packed matrices,
+and for the query the time to read the matrices it needs once. Results go to benchmarks/results/ as
+dated JSON and Markdown.
 """
 
 from __future__ import annotations
@@ -288,6 +289,7 @@ def measure_memory(args: argparse.Namespace, command: str, machine: str) -> int:
             # twice: the first run leaves the files in the page cache
             for _ in range(2):
                 child = [sys.executable, __file__, "--report-memory", str(folder), matrices]
+                child.append(f"--threads={torch.get_num_threads()}")
                 done = subprocess.run(child, capture_output=True, text=True, check=True)
             seen = json.loads(done.stdout.splitlines()[-1])
             name = f"{'nomoe' if matrices in NOMOE_TYPES else 'llama.cpp'}, {matrices}"
@@ -400,6 +402,7 @@ def main(arguments: list[str] | None = None) -> int:
         command=command,
         machine=machine,
         settings={
+            "others": report.versions("llama-cpp-python"),
             "repeats": args.repeats,
             "warm-up": harness.WARM_UP,
             "tokens in a batch": BATCH_TOKENS,

@@ -210,7 +210,7 @@ def compare(
             "dtype": args.dtype,
             "device": str(device),
             "backend": model.backend.name,
-            "others": text_peers.versions(),
+            "others": report.versions(*text_peers.PACKAGES),
             "repeats": args.repeats,
             "warm-up": harness.WARM_UP,
             "width": config.n_embd,

@@ -91,17 +91,18 @@ class Bench(NamedTuple):
 def attention_works(bench: Bench, texts: int, length: int) -> Iterator[tuple[Work, list[Any]]]:
     """Every form of attention over texts of one length.
 
-    Forms that rotate q and k in place would rotate them once more at every call. So all positions
-    are 0 while time is taken, where a rotation changes nothing and costs the same; `check_rotation`
-    has seen true ones.
+    Forms that rotate q and k in place would rotate them once more at every call. So all angles are
+    0 while time is taken, at true positions: a rotation reads as much and changes nothing.
+    `check_rotation` has seen true ones.
     """
     D, H = bench.sizes.width, bench.sizes.width // bench.sizes.heads
     T, lengths = texts * length, [length] * texts
     layers = bench.for_each_call(T, 3, bench.sizes.heads, H)
-    positions_T = torch.zeros(T, dtype=torch.int64, device=bench.device)
+    positions_T = torch.arange(length, device=bench.device).repeat(texts)
 
     def pack(module: Any, dtype: torch.dtype, **options: Any) -> Any:
-        return module.pack(lengths, positions_T, length, H, 10_000.0, dtype, **options)
+        packing = module.pack(lengths, positions_T, length, H, 10_000.0, dtype, **options)
+        return packing._replace(cos=torch.ones_like(packing.cos), sin=torch.zeros_like(packing.sin))
 
     plain, exact = pack(reference, bench.dtype), pack(reference, torch.float32)
     runs = {"torch, rotation and SDPA": lambda qkv: reference.attention(qkv, plain)}
@@ -201,7 +202,7 @@ def dense_works(bench: Bench, tokens: int) -> Iterator[tuple[Work, list[Any]]]:
                 ceilings=[
                     Ceiling(
                         "ceiling: product",
-                        lambda one, x=x_TI: x @ one.weight_OI.T,
+                        partial(plain_product, x_TI),
                         2 * tokens * inner * outer,
                         moved,
                     ),
@@ -210,6 +211,12 @@ def dense_works(bench: Bench, tokens: int) -> Iterator[tuple[Work, list[Any]]]:
             ),
             layers,
         )
+
+
+def plain_product(x_TI: Tensor, layer: DenseLayer) -> Tensor:
+    """Torch's product alone."""
+    with harness.fastest_products(x_TI.device):
+        return x_TI @ layer.weight_OI.T
 
 
 def own_linear(fused: Any, x_TI: Tensor, tile: Tile, gelu: bool, layer: DenseLayer) -> Tensor:
@@ -241,9 +248,8 @@ def dense_tiles(bench: Bench, shape: DenseShape) -> Iterator[tuple[str, Tile]]:
 def row_works(bench: Bench, tokens: int, kind: str) -> Iterator[tuple[Work, list[Any]]]:
     """What works on whole rows: embedding and norm, residual and norm, the same and the router."""
     D = bench.sizes.width
-    x_TD, y_TD = bench.normal(2, tokens, D)
     vectors = bench.for_each_call(3, D)
-    item = x_TD.itemsize
+    item = bench.dtype.itemsize
     layers: list[Any] = vectors
     if kind == "embed":
         words_VD = bench.normal(bench.sizes.vocabulary, D)
@@ -263,25 +269,29 @@ def row_works(bench: Bench, tokens: int, kind: str) -> Iterator[tuple[Work, list
 
         title, moved = "embedding and LayerNorm", tokens * (2 * D * item + 8)
     elif kind == "norm":
+        layers = list(zip(bench.for_each_call(2, tokens, D), vectors, strict=True))
 
         def run(module: Any, one: Any) -> Tensor:
-            return module.add_layer_norm(x_TD, y_TD, Norm(one[0], one[1], 1e-5))
+            (x_TD, y_TD), (weight_D, bias_D, _) = one
+            return module.add_layer_norm(x_TD, y_TD, Norm(weight_D, bias_D, 1e-5))
 
         title, moved = "residual and LayerNorm", 3 * tokens * D * item
     else:
-        layers = bench.for_each_call(bench.sizes.experts, D, scale=D**-0.5)
+        routers = bench.for_each_call(bench.sizes.experts, D, scale=D**-0.5)
+        layers = list(zip(bench.for_each_call(2, tokens, D), routers, strict=True))
         norm = Norm(*vectors[0][:2], 1e-5)
 
+        def routed(module: Any, one: Any) -> Any:
+            (x_TD, y_TD), router_ED = one
+            return module.add_norm_route(x_TD, y_TD, norm, router_ED, TOP_K)
+
         def run(module: Any, one: Any) -> Tensor:
-            return module.add_norm_route(x_TD, y_TD, norm, one, TOP_K)[0]
+            return routed(module, one)[0]
 
         title, moved = "residual, LayerNorm and route", tokens * (3 * D * item + TOP_K * 12)
         if bench.fused is not None:
             for one in layers:
-                found, expected = (
-                    module.add_norm_route(x_TD, y_TD, norm, one, TOP_K)[1:]
-                    for module in (bench.fused, reference)
-                )
+                found, expected = (routed(module, one)[1:] for module in (bench.fused, reference))
                 bench_moe.check_routing(f"{title}, {tokens:,} tokens", found, expected)
     runs = {"torch": partial(run, reference)}
     if bench.fused is not None:
@@ -334,7 +344,12 @@ def product_ceiling(bench: Bench, rows: int, inner: int, outer: int) -> Ceiling:
     """Torch's product of (rows, inner) with (inner, outer)."""
     x, weight = bench.normal(rows, inner), bench.normal(inner, outer)
     moved = (inner * outer + rows * (inner + outer)) * x.itemsize
-    return Ceiling("ceiling: product", lambda one: x @ weight, 2 * rows * inner * outer, moved)
+
+    def run(one: Any) -> Tensor:
+        with harness.fastest_products(bench.device):
+            return x @ weight
+
+    return Ceiling("ceiling: product", run, 2 * rows * inner * outer, moved)
 
 
 def works(
@@ -372,9 +387,6 @@ def main(arguments: list[str] | None = None) -> int:
     args = script.parse(parser, arguments, counts=["tokens"])
     tokens = tuple(args.tokens or (SMOKE_TOKENS if args.smoke else TOKENS))
     device = args.device
-    if device.type == "cuda":
-        # graphs are captured on the current device
-        torch.cuda.set_device(device.index or 0)
     machine = report.machine_line(device)
     dtype = DTYPES[args.dtype]
     obstacle = bench_moe.triton_obstacle(device, dtype)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from nomoe import NomicMoEConfig, NomicMoEModel
 from nomoe.batching import make_batches
+from nomoe.engine import Engine
 from nomoe.moe import MoE, Pooling, router_input
 
 # experts that are less far apart in probability may change places by rounding in float32
@@ -40,7 +41,9 @@ class Peer(Protocol):
 
 
 class Packed:
-    """nomoe: packed batches without padding, longest text first, as `Encoder` makes them.
+    """nomoe: packed batches without padding, longest text first, as `Encoder` runs them.
+
+    On CUDA small ones replay graphs, like stock torch's.
 
     Args:
         model: The model.
@@ -50,6 +53,7 @@ class Packed:
     def __init__(self, model: NomicMoEModel, batch_tokens: int | None = None) -> None:
         self.name = f"nomoe ({model.backend.name})"
         self.model = model
+        self.engine = Engine(model)
         self.batch_tokens = batch_tokens
 
     def available(self) -> str | None:
@@ -59,17 +63,16 @@ class Packed:
     @torch.no_grad()
     def __call__(self, texts: list[list[int]]) -> Tensor:
         """Embed, (B, D)."""
-        lengths = [len(ids) for ids in texts]
-        pooled_BD = torch.empty(
-            len(texts), self.model.config.n_embd, dtype=torch.float32, device=self.model.device
-        )
-        for positions in self.batches(lengths):
-            ids_T = self._ids(texts[position] for position in positions)
-            packed_lengths = [lengths[position] for position in positions]
-            hidden_TD = self.model.forward_packed(ids_T, packed_lengths).last_hidden_state
-            pooling = Pooling(hidden_TD.shape[1], False, False)
-            pooled_BD[positions] = self.model.backend.ops.pool(hidden_TD, packed_lengths, pooling)
-        return pooled_BD
+        pooling = Pooling(self.model.config.n_embd, False, False)
+        batches = self.batches([len(ids) for ids in texts])
+        under_way = []
+        for positions in batches:
+            some = [texts[position] for position in positions]
+            ids, lengths = list(chain.from_iterable(some)), [len(one) for one in some]
+            under_way.append(self.engine.embed(ids, lengths, pooling, to_host=False))
+        pooled_BD = torch.cat([wait() for wait in under_way])
+        order = torch.tensor(list(chain.from_iterable(batches)), device=self.model.device)
+        return torch.empty_like(pooled_BD).index_copy_(0, order, pooled_BD)
 
     def batches(self, lengths: list[int]) -> list[list[int]]:
         """Positions of the texts of each batch."""

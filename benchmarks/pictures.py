@@ -237,7 +237,9 @@ def roofline(cases: list[Record]) -> Picture:
         for row in case["contenders"]:
             moved = 1e6 * row.get("gb_per_s", 0) * row["median_ms"]
             if "deviation" not in row:
-                ceilings.append((row["tflop_per_s"], moved, row.get("gb_per_s", 0)))
+                # a product's bytes pass slowly: only a copy tells how fast memory is
+                speed = 0 if row["tflop_per_s"] else row.get("gb_per_s", 0)
+                ceilings.append((row["tflop_per_s"], moved if speed else 0, speed))
             elif moved and row["flop"]:
                 ours = dots.setdefault(kernel, {True: [], False: []})[
                     row["name"].startswith("nomoe")

@@ -213,6 +213,12 @@ def _cpu_model() -> str:
     return platform.processor() or platform.machine()
 
 
+def versions(*packages: str) -> str:
+    """Versions of packages, as far as they are installed."""
+    found = [f"{package} {one}" for package in packages if (one := _version(package))]
+    return " and ".join(found) or "none"
+
+
 def _version(package: str) -> str | None:
     try:
         return version(package)
@@ -223,7 +229,10 @@ def _version(package: str) -> str | None:
 def _commit() -> str:
     """Name the checkout's commit, or nothing where there is no checkout or no git."""
     outputs = []
-    for arguments in (["rev-parse", "--short", "HEAD"], ["status", "--porcelain", "--", "*.py"]):
+    for arguments in (
+        ["rev-parse", "--short", "HEAD"],
+        ["status", "--porcelain", "--", "*.py", "kernels"],
+    ):
         git = ["git", "-C", str(REPOSITORY), *arguments]
         try:
             done = subprocess.run(git, capture_output=True, text=True, check=False)

@@ -64,6 +64,9 @@ def parse(
             args.device = resolve_device(args.device)
         except (ValueError, RuntimeError) as error:
             made.error(str(error))
+        if args.device.type == "cuda":
+            # graphs are captured on the current device
+            torch.cuda.set_device(args.device.index or 0)
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     return args

@@ -9,9 +9,8 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -210,15 +209,8 @@ def why_not_fastembed() -> str:
     return f"fastembed {version('fastembed')} has this model by now, but no adapter here yet"
 
 
-def versions() -> str:
-    """Versions of what the peers are made of, as far as it is installed."""
-    packages = ("transformers", "sentence-transformers", "megablocks", "vllm")
-    found = []
-    for package in packages:
-        with suppress(PackageNotFoundError):
-            found.append(f"{package} {version(package)}")
-    return " and ".join(found) or "none"
-
+# what the peers are made of
+PACKAGES = ("transformers", "sentence-transformers", "megablocks", "vllm")
 
 NOMOE = TextPeer("nomoe, Encoder", lambda setting: None, _load_nomoe)
 PEERS = (

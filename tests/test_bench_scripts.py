@@ -198,6 +198,17 @@ def test_a_layer_that_is_wrong_only_in_the_middle_is_refused(bench_moe):
         bench_moe.build_case(work, layers, "float32", CPU)
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_layer_that_is_too_large_is_refused(dtype, bench_moe):
+    layers = bench_moe.draw_layers(bench_moe.SMOKE, getattr(torch, dtype), CPU)
+    work = bench_moe.layer_work(40, "balanced", layers, ["nomoe (torch)"])
+    right = work.runs["nomoe (torch)"]
+    bench_moe.build_case(work, layers, dtype, CPU)
+    work.runs["nomoe (torch)"] = lambda one: right(one) * 1.02
+    with pytest.raises(RuntimeError, match="in length"):
+        bench_moe.build_case(work, layers, dtype, CPU)
+
+
 def test_smoke_run_of_a_layer(tmp_path):
     options = ["--device=cpu", "--repeats=1", "--tokens=9"]
     run_small("bench_moe", tmp_path, *options, interpreted=False)
@@ -213,6 +224,8 @@ def test_smoke_run_of_a_layer(tmp_path):
         assert [torch_loop["name"], stock["name"]] == ["nomoe (torch)", "torch, F.grouped_mm"]
         # six layers, two rows for each token, two products, two operations each
         assert torch_loop["flop"] == 6 * 9 * 2 * 2 * 2 * width * ffn_width
+        per_s = 6 * 9 / (torch_loop["median_ms"] / 1000)
+        assert torch_loop["tokens_per_s"] == pytest.approx(per_s)
         slowest = max(products["median_ms"], copy["median_ms"])
         assert stock["of_ceiling"] == pytest.approx(slowest / stock["median_ms"])
 
@@ -311,6 +324,8 @@ def test_smoke_run_on_a_cpu(bench_cpu, tmp_path, monkeypatch):
     record = json.loads(next(tmp_path.glob("*-bench_cpu-smoke.json")).read_text())
     if find_spec("llama_cpp") is None:
         assert "llama_cpp" in record["not_run"]["llama.cpp"]
+    else:
+        assert record["settings"]["others"].startswith("llama-cpp-python ")
     assert len(record["cases"]) == 4
     # a model and a ceiling of each dtype, of whatever cases: 4 layers, 2 of them with 8 experts
     matrices = 4 * 2 + 2 * 2 + 2 * (8 * 2 + 1)
