@@ -79,7 +79,9 @@ def main(arguments: list[str] | None = None) -> int:
     )
     print(f"{table.count_rows():,} rows")
     for row in search(table, encoder, args.query):
-        print(f"{1 - row['_distance']:.3f}  {row['text'][:80]}")
+        # the text may have been left out of the shards, the row's number is always there
+        shown = row.get(settings["column"]) or f"row {row['source_row']:,}"
+        print(f"{1 - row['_distance']:.3f}  {shown[:80]}")
     return 0
 
 

@@ -128,7 +128,7 @@ def test_the_corpus_page_runs(
     (tmp_path / "articles.parquet").rename("articles/1.parquet")
     first, *others = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
     code = first.replace('"vectors"', f'"again", model={str(tiny_folder)!r}')
-    exec(compile(code, "corpus.md", "exec"), {})
+    exec(compile(code, "corpus.md", "exec"), {"__name__": "__main__"})
     assert pq.read_table("again").column_names == ["source_row", "id", "url", "embedding"]
     # those need a cluster
     for code in others:

@@ -69,6 +69,10 @@ def test_the_command(
         cosine = encoder.similarity(encoder.encode_query(TEXTS[0]), encoder.encode_document(TEXTS))
         best = cosine[0].topk(5).indices.tolist()
         assert [line[7:] for line in printed.splitlines()[1:]] == [TEXTS[row][:80] for row in best]
+    embed_corpus(tmp_path / "in.txt", tmp_path / "bare", columns=[], **options)
+    assert example.main([str(tmp_path / "bare"), str(tmp_path / "db3"), TEXTS[0]]) == 0
+    printed = capsys.readouterr().out
+    assert [line[7:] for line in printed.splitlines()[1:]] == [f"row {row}" for row in best]
     embed_corpus(tmp_path / "in.txt", tmp_path / "codes", precision="ubinary", **options)
     with pytest.raises(ValueError, match="holds ubinary codes"):
         example.fill(tmp_path / "codes", tmp_path / "db2")
