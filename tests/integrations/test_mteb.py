@@ -23,6 +23,7 @@ from sklearn.linear_model import LogisticRegression
 
 import nomoe
 from nomoe import Encoder, data
+from nomoe import encoder as encoder_module
 from nomoe.checkpoint import DEFAULT_REPO, DEFAULT_REVISION
 from nomoe.integrations.mteb import NomicMoEForMTEB, describe
 from nomoe.repository import TRAINED_PROMPTS
@@ -112,16 +113,16 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @pytest.fixture
-def prefixes(model: Any, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def prefixes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The prompts of all calls, in turn, as the encoder itself understands them."""
     seen: list[str] = []
-    find = model.model._prefix
+    choose = encoder_module.choose_prompt
 
     def record(*arguments: Any) -> str:
-        seen.append(find(*arguments))
+        seen.append(choose(*arguments))
         return seen[-1]
 
-    monkeypatch.setattr(model.model, "_prefix", record)
+    monkeypatch.setattr(encoder_module, "choose_prompt", record)
     return seen
 
 
