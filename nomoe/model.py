@@ -647,6 +647,8 @@ def resolve_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torc
     return resolved
 
 
+# the compiler has no pinned memory
+@untraced
 def _sent(tensor: Tensor, device: torch.device) -> Tensor:
     """A tensor of the host on a device, for whose copy nobody waits."""
     if device.type == "cuda":

@@ -247,7 +247,8 @@ class Packable(nn.Module):
 
     While they are, `packed` holds them, and their parameters keep identity, shape and dtype but no
     memory: every number in one is the same NaN. `state_dict`, `train`, `to`, `load_state_dict`,
-    pickling and `copy.deepcopy` of the module give the parameters their numbers back first. A
+    pickling (while no other thread embeds) and `copy.deepcopy` of the module give the parameters
+    their numbers back first. A
     parameter that is given other numbers meanwhile keeps those.
     """
 
@@ -267,7 +268,7 @@ class Packable(nn.Module):
         What is computed from other parameters (torch's pruning, parametrizations) stays as it is.
         """
         with LAYING_OUT:
-            if not all(name in self._parameters for name in self.packable):
+            if not self._has_its_parameters():
                 return
             if self.packed is not None:
                 if all(_is_sealed(self._parameters[name]) for name in self.packable):
@@ -283,10 +284,25 @@ class Packable(nn.Module):
                 parameter = self.get_parameter(name)
                 parameter.data = parameter.new_full((), torch.nan).expand(parameter.shape)
 
+    def _has_its_parameters(self) -> bool:
+        if all(name in self._parameters for name in self.packable):
+            return True
+        if self.packed is not None:
+            raise RuntimeError(
+                "a weight was pruned or parametrized while its numbers were packed for inference, "
+                "and read as NaN: call the model's train() or parameters() first"
+            )
+        return False
+
     def unpack(self) -> None:
-        """Give the parameters their numbers back."""
+        """Give the parameters their numbers back.
+
+        Raises:
+            RuntimeError: They were replaced by others computed from them, which are NaN.
+        """
         # made in inference mode they could not be trained
         with LAYING_OUT, torch.inference_mode(False), torch.no_grad():
+            self._has_its_parameters()
             for name, matrices in (self.packed or {}).items():
                 parameter = self.get_parameter(name)
                 if not _is_sealed(parameter):
@@ -343,14 +359,8 @@ class Packable(nn.Module):
             super()._save_to_state_dict(*arguments)
 
     def __getstate__(self) -> dict[str, Any]:
-        with LAYING_OUT:
-            self.unpack()
-            # another thread may pack before the pickler comes to these
-            parameters = {
-                name: one if one is None else nn.Parameter(one.detach(), one.requires_grad)
-                for name, one in self._parameters.items()
-            }
-            return {**self.__dict__, "_parameters": parameters}
+        self.unpack()
+        return self.__dict__
 
 
 def _is_sealed(parameter: Tensor | None) -> bool:

@@ -97,7 +97,13 @@ def read_sentence_settings(folder: Path, n_positions: int) -> SentenceSettings:
     if truncate_dim is not None and type(truncate_dim) is not int:
         raise ValueError(f"{folder / PROMPTS_FILE}: truncate_dim is {truncate_dim!r}")
     prompts = settings.get("prompts") or TRAINED_PROMPTS
-    if isinstance(prompts, dict) and not any(prompts.values()):
+    if not isinstance(prompts, dict) or not all(isinstance(p, str) for p in prompts.values()):
+        raise ValueError(f"{folder / PROMPTS_FILE}: prompts must map names to strings")
+    check_texts(list(prompts.values()))
+    default = settings.get("default_prompt_name")
+    if default is not None and default not in list(prompts):
+        raise ValueError(f"{folder / PROMPTS_FILE}: default_prompt_name {default!r} is no prompt")
+    if default is None and not any(prompts.values()):
         # what sentence-transformers saves of a model whose prompts nobody set
         logger.warning(
             "%s has no prompt but empty ones, and the model was trained with one on every text: "
@@ -105,12 +111,6 @@ def read_sentence_settings(folder: Path, n_positions: int) -> SentenceSettings:
             folder / PROMPTS_FILE,
         )
         prompts = TRAINED_PROMPTS
-    if not isinstance(prompts, dict) or not all(isinstance(p, str) for p in prompts.values()):
-        raise ValueError(f"{folder / PROMPTS_FILE}: prompts must map names to strings")
-    check_texts(list(prompts.values()))
-    default = settings.get("default_prompt_name")
-    if default is not None and default not in list(prompts):
-        raise ValueError(f"{folder / PROMPTS_FILE}: default_prompt_name {default!r} is no prompt")
     # the repository calls it "passage"; SentenceTransformer.encode_document looks for "document",
     # and without this key embeds documents with no prefix at all
     if not prompts.get("document") and prompts.get("passage"):

@@ -44,7 +44,7 @@ def build(backend: Any, request: pytest.FixtureRequest) -> NomicMoEModel:
     full_width = request.getfixturevalue("full_width")
     model = NomicMoEModel(full_width.config, device="cuda", backend=backend)
     model.load_state_dict(full_width.state_dict())
-    return model.eval()
+    return model.eval().to("cuda")
 
 
 @pytest.fixture(scope="module")

@@ -384,6 +384,8 @@ def test_columns_that_are_not_written_are_not_in_the_way(
     source = write(tmp_path / "in.jsonl", rows)
     embed_corpus(source, tmp_path / "out.npy", **shallow_model)
     assert np.load(tmp_path / "out.npy").shape == (2, 96)
+    with pytest.raises(ValueError, match="no file has a column 'nope'"):
+        embed_corpus(source, tmp_path / "o.npy", columns=["nope"], **shallow_model)
     keep: Any = {"columns": ["source_row"], **shallow_model}
     embed_corpus(source, tmp_path / "out.jsonl", **keep)
     lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]

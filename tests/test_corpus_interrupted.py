@@ -195,20 +195,27 @@ def test_the_parent_or_a_process_is_killed(
 def test_a_script_without_a_guard_is_told(tmp_path: Path, shallow_folder: Path) -> None:
     source = write(tmp_path / "in.jsonl", make_rows(4))
     script = tmp_path / "script.py"
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
+
+    def run() -> Any:
+        command = [sys.executable, script]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
     script.write_text(
         f"import nomoe\nnomoe.embed_corpus({str(source)!r}, {str(tmp_path / 'out')!r}, "
         f"model={str(shallow_folder)!r}, device='cpu', workers=2, shard_rows=2)\n"
     )
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)
+    done = run()
     assert done.returncode == 1
     assert "put what the script does under `if __name__" in done.stderr
     script.write_text(
         script.read_text().replace("nomoe.embed", "if __name__ == '__main__': nomoe.embed")
     )
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)
+    done = run()
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_an_interrupt_says_how_to_go_on(
     tmp_path: Path, corpus: Path, options: dict[str, Any], whole: dict[str, bytes]
 ) -> None:

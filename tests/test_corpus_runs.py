@@ -300,8 +300,12 @@ def test_the_last_shard_has_the_threads_of_those_before(
         workers.run_here(job, device, shards, report, threads)
 
     monkeypatch.setattr("nomoe.corpus.run.run_here", run)
-    embed_corpus(source, out, shard_rows=30, workers=3, **shallow_model)
-    assert seen == [2]
+    embed_corpus(source, out, shard_rows=10, workers=3, **shallow_model)
+    (out / "part-000001.parquet").unlink()
+    embed_corpus(source, out, shard_rows=10, workers=3, **shallow_model)
+    # one shard in all has all cores
+    embed_corpus(source, tmp_path / "one", shard_rows=30, workers=3, **shallow_model)
+    assert seen == [2, 6]
 
 
 @pytest.mark.parametrize(
@@ -354,6 +358,8 @@ def test_an_output_that_would_be_input_is_refused(
         (tmp_path / "link", folder / "vectors"),
         (f"{tmp_path}/**/*.jsonl", tmp_path / "deep.jsonl"),
         (f"{folder.as_uri()}/*.jsonl", folder / "out.jsonl"),
+        # which the next run would refuse
+        (f"{folder}/*", folder / "out.npy"),
         (f"{tmp_path}/**/*.parquet", tmp_path / "vectors"),
         (f"{tmp_path.as_uri()}/**/*.parquet", tmp_path / "vectors"),
         (f"{tmp_path}/link/../link/*.jsonl", folder / "out.jsonl"),

@@ -125,7 +125,7 @@ def test_the_padded_door_waits_once(model: NomicMoEModel) -> None:
             model(ids_BL, **batch)
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    assert len([one for one in seen if "synchroniz" in str(one.message)]) == 1
+    assert len([one for one in seen if "called a synchronizing" in str(one.message)]) == 1
 
 
 def test_batches_queue_up_before_the_first_is_done(model: NomicMoEModel) -> None:

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch
@@ -81,14 +82,14 @@ def test_whoever_asks_gets_the_weights(
     assert torch.equal(embed(model.eval()), before)
 
 
-def test_a_pickle_keeps_its_numbers_while_another_thread_embeds(model: NomicMoEModel) -> None:
-    mlp = model.encoder.layers[1].mlp.experts.mlp
-    state = mlp.__getstate__()
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))])
+def test_copies_keep_which_parameter_is_which(
+    again: Callable[[Any], Any], model: NomicMoEModel
+) -> None:
+    """An optimizer's, that is copied with it."""
     embed(model)
-    assert mlp.w1.isnan().all()
-    again = type(mlp).__new__(type(mlp))
-    again.__setstate__(pickle.loads(pickle.dumps(state)))
-    assert torch.equal(again.w1, model.state_dict()["encoder.layers.1.mlp.experts.mlp.w1"])
+    copied, parameters = again((model, list(model.parameters())))
+    assert set(map(id, copied.parameters())) == set(map(id, parameters))
 
 
 def test_a_pruned_layer_runs_on_what_is_left() -> None:
@@ -102,6 +103,13 @@ def test_a_pruned_layer_runs_on_what_is_left() -> None:
     names = dict(model.named_parameters())
     assert "encoder.layers.0.attn.Wqkv.weight_orig" in names
     assert not names["encoder.layers.0.attn.Wqkv.weight_orig"].isnan().any()
+
+
+def test_a_layer_pruned_while_it_is_packed_is_refused(model: NomicMoEModel) -> None:
+    prune.l1_unstructured(model.encoder.layers[0].attn.Wqkv, "weight", 0.5)
+    for use in (embed, NomicMoEModel.state_dict, NomicMoEModel.train):
+        with pytest.raises(RuntimeError, match="while its numbers were packed"):
+            use(model)
 
 
 def test_asking_for_the_first_parameter_unpacks_nothing(model: NomicMoEModel) -> None:

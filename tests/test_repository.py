@@ -83,6 +83,11 @@ def test_empty_prompts_are_none(folder: Path, warnings_of_nomoe: pytest.LogCaptu
         '{"prompts": {"query": "q: ", "document": ""}}'
     )
     assert read_sentence_settings(folder, 2048).prompts == {"query": "q: ", "document": ""}
+    # one that is chosen is meant
+    (folder / "config_sentence_transformers.json").write_text(
+        '{"prompts": {"mine": ""}, "default_prompt_name": "mine"}'
+    )
+    assert read_sentence_settings(folder, 2048).prompts == {"mine": ""}
 
 
 def test_a_repositorys_dimension_and_length_give_way_to_arguments(folder: Path) -> None:
@@ -142,6 +147,7 @@ def test_refuses_other_modules(folder: Path) -> None:
         ("sentence_bert_config.json", '{"do_lower_case": true}', "do_lower_case=true"),
         ("config_sentence_transformers.json", '{"default_prompt_name": ["x"]}', "is no prompt"),
         ("config_sentence_transformers.json", '{"prompts": {"q": "\\ud800"}}', "lone surrogate"),
+        ("config_sentence_transformers.json", '{"prompts": {"q": null}}', "must map names"),
     ],
 )
 def test_odd_settings_are_refused(folder: Path, file: str, content: str, message: str) -> None:

@@ -18,6 +18,7 @@ from .plan import Plan
 from .request import Options, Request, make_request
 from .run import check_destination, settle
 from .shards import ShardReader, Window
+from .workers import threads_of, using_threads
 
 # most texts that are tokenised and about the most bytes of them (a few seconds of a core), from so
 # many places in the input, and for how long a part of them is embedded
@@ -42,11 +43,10 @@ class Estimate:
         sampled: Texts that were tokenised; where these are all, `tokens` is counted.
         output_bytes: Size of the output, from rows of the sample written to a temporary file.
         timed_tokens: Tokens that were embedded to measure the speed.
-        tokens_per_s: That speed, of one process here.
+        tokens_per_s: That speed, of one process here; on a CPU with its share of the cores.
         workers: Processes that would run.
         left: Rows that no earlier run into the folder has embedded; counted.
-        seconds: Time of the run for those rows if each were as fast; on a CPU, whose cores they
-            share, as if one ran.
+        seconds: Time of the run for those rows if each were as fast.
     """
 
     rows: int
@@ -134,12 +134,14 @@ def estimate_corpus(
     texts, output_bytes = _write_sample(request, plan)
     lengths = [len(ids) for ids in WindowTokenizer(request.settings)(texts).ids]
     tokens = sum(lengths)
-    timed, rate = _measure(request, texts, tokens) if left else (0, 0.0)
+    timed, rate = 0, 0.0
+    if left:
+        with using_threads(request.devices[0], threads_of(request.devices, files)):
+            timed, rate = _measure(request, texts, tokens)
     if len(texts) < plan.rows:
         # a text that is cut gives its longest, however many bytes it has
         tokens = round(tokens * plan.rows / len(texts))
-    is_cpu = request.devices[0] == "cpu"
-    speed = rate * (1 if is_cpu else workers)
+    speed = rate * workers
     return Estimate(
         rows=plan.rows,
         bad=plan.bad,

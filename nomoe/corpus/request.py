@@ -154,6 +154,10 @@ def make_request(
     shard_rows = None if shard_rows is None else check_count("shard_rows", shard_rows)
     if isinstance(columns, str):
         raise TypeError("columns is a str, expected a list of column names")
+    if columns is None and Path(output).suffix == ".npy":
+        # it has room for none
+        columns = ()
+    columns = None if columns is None else tuple(columns)
     output = Path(output).expanduser()
     if output.suffix and output.suffix not in OUTPUT_SUFFIXES:
         raise ValueError(
@@ -198,8 +202,7 @@ def make_request(
         devices=devices,
         model=str(model),
         column=column,
-        # a .npy file has none
-        columns=() if output.suffix == ".npy" else None if columns is None else tuple(columns),
+        columns=columns,
         on_bad=on_bad,
         limit=limit,
         shard_rows=shard_rows,

@@ -39,7 +39,7 @@ from .request import (
 )
 from .shards import Progress, embed_shards
 from .sources import Source
-from .workers import Job, refuse_reentry, run_here, run_processes, threads_of
+from .workers import Job, refuse_reentry, run_here, run_processes, threads_of, using_threads
 
 logger = logging.getLogger(__name__)
 
@@ -203,10 +203,12 @@ def _to_file(request: Request) -> CorpusReport:
         output = ParquetOutput(request.output, plan.schema, *size, {})
     try:
         with counting(request, plan, plan.rows) as count:
-            if plan.rows:
-                embedder = Embedder(settings, request.devices[0])
-                shards = range(len(plan.shards))
-                embed_shards(embedder, plan, shards, lambda _: _Uncommitted(output), count)
+            device = request.devices[0]
+            with using_threads(device, threads_of([device], 1)):
+                if plan.rows:
+                    embedder = Embedder(settings, device)
+                    shards = range(len(plan.shards))
+                    embed_shards(embedder, plan, shards, lambda _: _Uncommitted(output), count)
         output.commit()
     finally:
         # nothing is left of one that was not committed
@@ -263,8 +265,7 @@ def write_folder(
 
 
 def _embed(request: Request, job: Job, todo: list[int], report: Callable[[Progress], None]) -> None:
-    # as many for the last shard as for those before it, lest its bits depend on what is left
-    threads = threads_of(request.devices)
+    threads = threads_of(request.devices, len(job.manifest.plan.shards))
     devices = request.devices[: len(todo)]
     if len(devices) == 1:
         run_here(job, devices[0], todo, report, threads)

@@ -153,11 +153,9 @@ def takes_in(given: str, path: Path) -> bool:
     if folder not in path.parents:
         return False
     inside = path.relative_to(folder)
-    if path.suffix.lower() not in FORMATS:
-        return False
     if is_pattern:
         return _glob_pattern(pattern).fullmatch(inside.as_posix()) is not None
-    return not _is_hidden(inside.parts)
+    return path.suffix.lower() in FORMATS and not _is_hidden(inside.parts)
 
 
 def hash_file(path: str, digest: Callable[[bytes], None]) -> None:

@@ -77,9 +77,26 @@ def cores() -> int:
         return visible
 
 
-def threads_of(devices: Sequence[str]) -> int:
-    """Return the threads of each process, if there is one for each device."""
-    return max(1, cores() // len(devices))
+def threads_of(devices: Sequence[str], shards: int) -> int:
+    """Return the threads of each process, one for each device, if there are so many shards in all.
+
+    Of the plan, not of what is left: the bits of a shard may depend on it.
+    """
+    return max(1, cores() // max(1, min(len(devices), shards)))
+
+
+@contextmanager
+def using_threads(device: str, threads: int) -> Iterator[None]:
+    """Within it, torch has so many threads on a CPU, or as many as it had if these are fewer."""
+    import torch
+
+    earlier = torch.get_num_threads()
+    if device == "cpu":
+        torch.set_num_threads(min(threads, earlier))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(earlier)
 
 
 def refuse_reentry() -> None:
@@ -130,17 +147,10 @@ def run_here(
     report: Callable[[Progress], None],
     threads: int,
 ) -> None:
-    """Embed shards in this process, on a CPU with so many threads or as many as torch has."""
-    import torch
-
-    earlier = torch.get_num_threads()
-    if device == "cpu":
-        torch.set_num_threads(min(threads, earlier))
-    try:
+    """Embed shards in this process; see `using_threads`."""
+    with using_threads(device, threads):
         embedder = Embedder(job.settings, device)
         embed_shards(embedder, job.manifest.plan, shards, job.open_output, report)
-    finally:
-        torch.set_num_threads(earlier)
 
 
 def run_processes(
