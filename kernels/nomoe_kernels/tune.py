@@ -34,7 +34,7 @@ from triton.errors import TritonError
 from . import checks, configs, fused, reference
 from .configs import AttentionShape, AttentionTile, DenseShape, Device, Plan, Shape, Tile
 
-# weights that no L2 cache holds: five layers of 75 MB each, and of one matrix as many as make
+# what no L2 cache holds: five layers of 75 MB each, or of smaller matrices as many bytes
 LAYERS = 5
 COLD_BYTES = 256 << 20
 # rows up to which the kernel for few rows is tried

@@ -141,8 +141,10 @@ def embed_corpus(
             settings or another input; the message says which.
         FileExistsError: The output file exists, and `overwrite` is not set.
         ImportError: pyarrow is needed and not installed.
+        TypeError: `prompt` is not a str, or `columns` is one.
         RuntimeError: The backend or device cannot run, another run is at work in the folder, a
-            process died, or the input changed meanwhile.
+            process died, the input changed meanwhile, or a script that starts processes has no
+            `if __name__ == "__main__":`.
         OSError: The output cannot be written; finished shards stay.
     """
     refuse_reentry()
