@@ -287,7 +287,8 @@ def main(arguments: list[str] | None = None) -> int:
         try:
             deviation = check(scratch / "in", scratch / "out", model, rows)
         except harness.DisagreementError as error:
-            return script.refuse(error)
+            print(script.disagreement(error), file=sys.stderr)
+            return 1
         on_ray = []
         if args.ray:
             del options["workers"]

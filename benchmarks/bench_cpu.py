@@ -9,7 +9,7 @@ nomoe, the padded looping form and llama.cpp (where its bindings are installed, 
 turns in one run, on the same random weights in each of their types. The routers are as sure as the
 real ones and load the experts about evenly, see workload.py; the experts' bias is zero, since
 llama.cpp has none. Vectors are compared with those of the looping form in float64, one text at a
-time; one too far off ends the run with no speed. Texts that rounding may send to other experts are
+time; where one is too far off no speed is given. Texts that rounding may send to other experts are
 drawn anew. Ceilings are the forward's products alone, through `F.linear` and on packed matrices,
 and for the query the time to read the matrices it needs once. Results go to benchmarks/results/ as
 dated JSON and Markdown.
@@ -45,7 +45,7 @@ from torch.nn.functional import linear
 from tqdm.auto import tqdm
 
 from nomoe import NomicMoEConfig, NomicMoEModel, data, synthetic
-from nomoe.model import DTYPES
+from nomoe.arguments import DTYPES
 from nomoe_kernels import cpu
 
 SEED = 0
@@ -332,8 +332,7 @@ def main(arguments: list[str] | None = None) -> int:
     if args.report_memory:
         report_memory(Path(args.report_memory[0]), args.report_memory[1])
         return 0
-    device = torch.device("cpu")
-    machine, command = report.machine_line(device), report.command_line(arguments)
+    machine, command = report.machine_line(args.device), report.command_line(arguments)
     if args.memory:
         return measure_memory(args, command, machine)
 
@@ -377,41 +376,32 @@ def main(arguments: list[str] | None = None) -> int:
                     path, matrices, BATCH_TOKENS, BATCH_TEXTS, torch.get_num_threads()
                 )
                 others.append((peer, matrices))
-        results = []
-        try:
-            for title, texts in inputs.items():
+        run = script.Run(
+            args,
+            "bench_cpu",
+            benchmark="bench_cpu",
+            command=command,
+            machine=machine,
+            settings={
+                "others": report.versions("llama-cpp-python"),
+                "repeats": args.repeats,
+                "warm-up": harness.WARM_UP,
+                "tokens in a batch": BATCH_TOKENS,
+                "width": config.n_embd,
+                "layers": config.n_layer,
+            },
+            not_run=not_run,
+        )
+        for title, texts in inputs.items():
+            with run.attempt(title):
                 case = build_case(title, texts, models, others, states, oracle, pack)
                 # minutes for each call: they are warm from the cases before
                 once = len(texts) == 512
                 repeats, warm_up = (1, 0) if once else (args.repeats, harness.WARM_UP)
                 calls = (repeats + warm_up) * len(case.contenders)
                 with tqdm(total=calls, unit=" calls", desc=title, disable=None) as bar:
-                    results.append(
-                        (
-                            case,
-                            harness.measure(
-                                case, repeats=repeats, warm_up=warm_up, device=device, bar=bar
-                            ),
-                        )
-                    )
-        except harness.DisagreementError as error:
-            return script.refuse(error)
-    record = report.make_record(
-        "bench_cpu",
-        results,
-        command=command,
-        machine=machine,
-        settings={
-            "others": report.versions("llama-cpp-python"),
-            "repeats": args.repeats,
-            "warm-up": harness.WARM_UP,
-            "tokens in a batch": BATCH_TOKENS,
-            "width": config.n_embd,
-            "layers": config.n_layer,
-        },
-        not_run=not_run,
-    )
-    return script.finish(record, args, "bench_cpu")
+                    run.measure(case, repeats=repeats, warm_up=warm_up, bar=bar)
+    return run.finish()
 
 
 if __name__ == "__main__":

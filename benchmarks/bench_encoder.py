@@ -13,9 +13,9 @@ report, with the reason; text-embeddings-inference is asked where `--tei` says i
 checkpoint, and the published code runs where `--trust-remote-code` allows it.
 
 Without --model the checkpoint is random at the real sizes and routes as the real one does. Every
-vector has to agree with that of the looping form in float32, one text at a time; otherwise the run
-ends with no speed. In float32, texts that rounding may send to other experts are left out. Results
-go to benchmarks/results/ as dated JSON and Markdown.
+vector has to agree with that of the looping form in float32, one text at a time; an input for which
+one does not has no speed. In float32, texts that rounding may send to other experts are left out.
+Results go to benchmarks/results/ as dated JSON and Markdown.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from nomoe import NomicMoEModel, synthetic
+from nomoe.arguments import DTYPES
 from nomoe.checkpoint import TOKENIZER_FILE, load_tensors, locate
 from nomoe.engine import token_budget
-from nomoe.model import DTYPES
 from nomoe.tokenizer import Tokenizer
 
 SEED = 0
@@ -173,36 +173,23 @@ def compare(
                     raise
                 not_run[one.name] = f"it could not be loaded: {error}"
 
-    print("computing what to expect ...", file=sys.stderr)
     tokenizer = Tokenizer(folder / TOKENIZER_FILE, config.embedding_rows)
     oracle = peers.PaddedLoop(config, exact)
     inputs = workload.Writer(tokenizer, SEED).inputs(scale)
-    cases = []
-    for title, texts in tqdm(inputs.items(), disable=None):
-        ids = tokenizer(texts, MOST_TOKENS).ids
-        # in 16 bits there are too many, and DRIFT has room for them
-        if args.dtype == "float32" and (near := packed.near_ties(ids, peers.NEAR_TIE)):
-            kept = sorted(set(range(len(texts))).difference(near))
-            title = f"{title}, {len(near)} near a tie left out"
-            texts, ids = [texts[place] for place in kept], [ids[place] for place in kept]
-            if not kept:
-                continue
-        cases += build_cases(
-            title, texts, ids, from_ids, from_strings, packed, tensors, oracle, args.dtype
-        )
-    calls = (harness.WARM_UP + args.repeats) * sum(len(case.contenders) for case in cases)
-    try:
-        with tqdm(total=calls, unit=" calls", desc="timing", disable=None) as bar:
-            results = [
-                (case, harness.measure(case, repeats=args.repeats, device=device, bar=bar))
-                for case in cases
-            ]
-    except harness.DisagreementError as error:
-        return script.refuse(error)
-
-    record = report.make_record(
-        "bench_encoder",
-        results,
+    first_ids = tokenizer(next(iter(inputs.values())), MOST_TOKENS).ids
+    for peer in list(from_ids):
+        # as above
+        try:
+            peer(first_ids)
+        except Exception as error:
+            if peer is packed:
+                raise
+            not_run[peer.name] = f"it fails: {type(error).__name__}: {error}"
+            from_ids.remove(peer)
+    run = script.Run(
+        args,
+        f"bench_encoder-{device.type}-{args.dtype}",
+        benchmark="bench_encoder",
         command=report.command_line(arguments),
         machine=machine,
         settings={
@@ -218,7 +205,23 @@ def compare(
         },
         not_run=not_run,
     )
-    return script.finish(record, args, f"bench_encoder-{device.type}-{args.dtype}")
+    for title, texts in tqdm(inputs.items(), unit=" inputs", disable=None):
+        ids = tokenizer(texts, MOST_TOKENS).ids
+        # in 16 bits there are too many, and DRIFT has room for them
+        if args.dtype == "float32" and (near := packed.near_ties(ids, peers.NEAR_TIE)):
+            kept = sorted(set(range(len(texts))).difference(near))
+            title = f"{title}, {len(near)} near a tie left out"
+            texts, ids = [texts[place] for place in kept], [ids[place] for place in kept]
+            if not kept:
+                continue
+        with run.attempt(title):
+            cases = build_cases(
+                title, texts, ids, from_ids, from_strings, packed, tensors, oracle, args.dtype
+            )
+            for case in cases:
+                with run.attempt(case.title):
+                    run.measure(case)
+    return run.finish()
 
 
 if __name__ == "__main__":

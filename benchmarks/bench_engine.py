@@ -7,7 +7,7 @@ Each case also times its forward alone: launched kernel by kernel from ids on th
 GPU replayed as a graph. A case's ratio to "forward, launched" is therefore what the way there and
 back costs; of the corpus, it is also the share of the time in which the GPU is busy, as far as a
 forward keeps it so. Weights are random, at the real sizes. Each output has to agree with forwards
-of one text at a time; otherwise the run ends with no speed. Results go to benchmarks/results/.
+of one text at a time; a case in which one does not has no speed. Results go to benchmarks/results/.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from nomoe import Encoder, data, synthetic
+from nomoe.arguments import DTYPES, resolve_dtype
 from nomoe.batching import make_batches
 from nomoe.engine import Engine, Pooling, token_budget
-from nomoe.model import DTYPES, resolve_dtype
 
 SEED = 0
 # (texts, tokens of each)
@@ -186,58 +186,53 @@ def main(arguments: list[str] | None = None) -> int:
     pooling = Pooling(encoder.get_embedding_dimension(), False, True)
     bound = BOUNDS[dtype_name]
 
-    print("computing what to expect ...", file=sys.stderr)
     generator = random.Random(SEED)
     corpus = draw_corpus(encoder, SMOKE_CORPUS_TEXTS if args.smoke else CORPUS_TEXTS)
 
     def ids(length: int) -> list[int]:
         return [generator.randrange(4, encoder.model.config.vocab_size) for _ in range(length)]
 
-    case = partial(ids_case, runner=runner, pooling=pooling, bound=bound)
+    batches = [(1, 16), *(SMOKE_BATCHES if args.smoke else BATCHES)]
+    of_corpus = f"{len(corpus):,} texts of 8 to 512 tokens"
     query = "how warm is the sea in march"
-    cases = [
-        text_case("one query", encoder, runner, [query], pooling, bound),
-        case("1 text of 16 tokens", texts=[ids(16)]),
-        *(
-            case(f"{texts} texts of {tokens} tokens", texts=[ids(tokens) for _ in range(texts)])
-            for texts, tokens in (SMOKE_BATCHES if args.smoke else BATCHES)
-        ),
-        text_case(
-            f"{len(corpus):,} texts of 8 to 512 tokens", encoder, runner, corpus, pooling, bound
-        ),
-    ]
-    repeats = [args.repeats] * (len(cases) - 1) + [args.corpus_repeats]
-    calls = sum(
-        (harness.WARM_UP + times) * len(one.contenders)
-        for one, times in zip(cases, repeats, strict=True)
-    )
-    try:
-        with tqdm(total=calls, unit=" calls", desc="timing", disable=None) as bar:
-            results = [
-                (one, harness.measure(one, repeats=times, device=device, bar=bar))
-                for one, times in zip(cases, repeats, strict=True)
-            ]
-    except harness.DisagreementError as error:
-        return script.refuse(error)
-
-    record = report.make_record(
-        "bench_engine",
-        results,
+    common = {"runner": runner, "pooling": pooling, "bound": bound}
+    cases: dict[str, Callable[[str], Case]] = {
+        "one query": partial(text_case, encoder=encoder, texts=[query], **common),
+        **{
+            f"{texts} text{'s' if texts > 1 else ''} of {tokens} tokens": partial(
+                ids_case, texts=[ids(tokens) for _ in range(texts)], **common
+            )
+            for texts, tokens in batches
+        },
+        of_corpus: partial(text_case, encoder=encoder, texts=corpus, **common),
+    }
+    settings = {
+        "dtype": dtype_name,
+        "device": str(device),
+        "backend": encoder.backend,
+        "repeats": args.repeats,
+        "corpus repeats": args.corpus_repeats,
+        "warm-up": harness.WARM_UP,
+        "token budget": token_budget(encoder.model),
+    }
+    run = script.Run(
+        args,
+        f"bench_engine-{device.type}-{dtype_name}",
+        benchmark="bench_engine",
         command=report.command_line(arguments),
         machine=machine,
-        settings={
-            "dtype": dtype_name,
-            "device": str(device),
-            "backend": encoder.backend,
-            "repeats": args.repeats,
-            "corpus repeats": args.corpus_repeats,
-            "warm-up": harness.WARM_UP,
-            "token budget": token_budget(encoder.model),
-            "peak memory at 65,536 tokens": peak_memory(runner, pooling, 65_536),
-        },
+        settings=settings,
         not_run={},
     )
-    return script.finish(record, args, f"bench_engine-{device.type}-{dtype_name}")
+    for title, make in tqdm(cases.items(), unit=" cases", disable=None):
+        with run.attempt(title):
+            case = make(title)
+            run.measure(case, repeats=args.corpus_repeats if title == of_corpus else args.repeats)
+            # it holds a graph
+            del case
+    with run.attempt("peak memory"):
+        settings["peak memory at 65,536 tokens"] = peak_memory(runner, pooling, 65_536)
+    return run.finish()
 
 
 if __name__ == "__main__":

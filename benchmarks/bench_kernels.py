@@ -19,7 +19,7 @@ its layer.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -28,11 +28,12 @@ import harness
 import report
 import script
 import torch
+import torch.nn.functional as F
 from bench_moe import LAYERS, Ceiling, Work, copy_ceiling
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from nomoe.model import DTYPES
+from nomoe.arguments import DTYPES
 from nomoe_kernels import configs, reference
 from nomoe_kernels.configs import AttentionShape, AttentionTile, DenseShape, Tile
 from nomoe_kernels.reference import Norm, Pooling
@@ -78,9 +79,12 @@ class Bench(NamedTuple):
         drawn = torch.randn(*shape, generator=generator, device=self.device)
         return (drawn * scale).to(self.dtype)
 
-    def for_each_call(self, *shape: int, scale: float = 1.0) -> list[Tensor]:
-        """Numbers of their own for each call of a run."""
-        return [self.normal(*shape, scale=scale, seed=SEED + 1 + call) for call in range(LAYERS)]
+    def for_each_call(
+        self, *shape: int, scale: float = 1.0, calls: int | None = None
+    ) -> list[Tensor]:
+        """Numbers of their own for each call of a run, by default of LAYERS."""
+        every = range(LAYERS if calls is None else calls)
+        return [self.normal(*shape, scale=scale, seed=SEED + 1 + call) for call in every]
 
     @property
     def described(self) -> configs.Device:
@@ -106,8 +110,8 @@ def attention_works(bench: Bench, texts: int, length: int) -> Iterator[tuple[Wor
 
     plain, exact = pack(reference, bench.dtype), pack(reference, torch.float32)
     runs = {"torch, rotation and SDPA": lambda qkv: reference.attention(qkv, plain)}
-    for name, tile in attention_tiles(bench, AttentionShape(H, layers[0].itemsize, length, T)):
-        check_rotation(bench, tile, lengths)
+    tiles = dict(attention_tiles(bench, AttentionShape(H, layers[0].itemsize, length, T)))
+    for name, tile in tiles.items():
         packing = pack(bench.fused, bench.dtype, tile=tile)
         runs[name] = lambda qkv, packing=packing: bench.fused.attention(qkv, packing)
     moved = 4 * T * D * layers[0].itemsize
@@ -126,6 +130,7 @@ def attention_works(bench: Bench, texts: int, length: int) -> Iterator[tuple[Wor
                 product_ceiling(bench, T, D, 2 * length),
                 copy_ceiling(moved, bench.device),
             ],
+            check=lambda: check_rotation(bench, tiles.values(), lengths),
         ),
         layers,
     )
@@ -148,8 +153,8 @@ def attention_tiles(bench: Bench, shape: AttentionShape) -> Iterator[tuple[str, 
             yield f"nomoe {'-'.join(map(str, tile))}{is_chosen}", tile
 
 
-def check_rotation(bench: Bench, tile: AttentionTile, lengths: list[int]) -> None:
-    """Compare a form of attention with plain torch at true positions.
+def check_rotation(bench: Bench, tiles: Iterable[AttentionTile], lengths: list[int]) -> None:
+    """Compare forms of attention with plain torch at true positions.
 
     Raises:
         DisagreementError: They differ.
@@ -159,9 +164,11 @@ def check_rotation(bench: Bench, tile: AttentionTile, lengths: list[int]) -> Non
     positions_T = torch.cat([torch.arange(length) for length in lengths]).to(bench.device)
     packed = (lengths, positions_T, max(lengths), H, 10_000.0)
     expected = reference.attention(qkv.float(), reference.pack(*packed, torch.float32))
-    out = bench.fused.attention(qkv, bench.fused.pack(*packed, bench.dtype, tile=tile))
     bound = bench_moe.BOUNDS[str(bench.dtype).removeprefix("torch.")]
-    harness.check_agreement(f"{tile} at true positions", out, expected, bound)
+    for tile in tiles:
+        # some rotate what they are given
+        out = bench.fused.attention(qkv.clone(), bench.fused.pack(*packed, bench.dtype, tile=tile))
+        harness.check_agreement(f"{tile} at true positions", out, expected, bound)
 
 
 class DenseLayer(NamedTuple):
@@ -181,8 +188,11 @@ def dense_works(bench: Bench, tokens: int) -> Iterator[tuple[Work, list[Any]]]:
         ("out_proj", D, D, False),
     ):
         x_TI = bench.normal(tokens, inner)
-        weights = bench.for_each_call(outer, inner, scale=inner**-0.5)
-        layers = list(map(DenseLayer, weights, bench.for_each_call(outer)))
+        # a forward reads each matrix once, and no cache has it before
+        cold = bench_moe.COLD_BYTES // (inner * outer * x_TI.itemsize)
+        calls = max(LAYERS, cold if bench.device.type == "cuda" else 0)
+        weights = bench.for_each_call(outer, inner, scale=inner**-0.5, calls=calls)
+        layers = list(map(DenseLayer, weights, bench.for_each_call(outer, calls=calls)))
         runs = {"torch": lambda one, x=x_TI, gelu=gelu: reference.linear(x, *one, gelu=gelu)}
         shape = DenseShape(inner, outer, x_TI.itemsize, tokens, gelu)
         for label, tile in dense_tiles(bench, shape):
@@ -289,10 +299,13 @@ def row_works(bench: Bench, tokens: int, kind: str) -> Iterator[tuple[Work, list
             return routed(module, one)[0]
 
         title, moved = "residual, LayerNorm and route", tokens * (3 * D * item + TOP_K * 12)
-        if bench.fused is not None:
+
+    def check() -> None:
+        if kind == "route" and bench.fused is not None:
             for one in layers:
                 found, expected = (routed(module, one)[1:] for module in (bench.fused, reference))
                 bench_moe.check_routing(f"{title}, {tokens:,} tokens", found, expected)
+
     runs = {"torch": partial(run, reference)}
     if bench.fused is not None:
         runs["nomoe"] = partial(run, bench.fused)
@@ -306,6 +319,7 @@ def row_works(bench: Bench, tokens: int, kind: str) -> Iterator[tuple[Work, list
             flop=0,
             bytes=moved,
             ceilings=[copy_ceiling(moved, bench.device)],
+            check=check,
         ),
         layers,
     )
@@ -319,7 +333,14 @@ def pool_works(bench: Bench, texts: int, length: int) -> Iterator[tuple[Work, li
         Pooling(bench.sizes.width, False, True),
     )
     layers = bench.for_each_call(texts * length, D)
-    runs = {"torch": lambda one: reference.pool(one, lengths, pooling)}
+    lengths_B1 = torch.tensor(lengths, device=bench.device)[:, None]
+    text_T = torch.arange(texts, device=bench.device).repeat_interleave(length)
+
+    def stock_pool(hidden_TD: Tensor) -> Tensor:
+        sum_BD = torch.zeros(texts, D, device=bench.device).index_add(0, text_T, hidden_TD.float())
+        return F.normalize(sum_BD / lengths_B1, dim=1)
+
+    runs = {"torch": stock_pool}
     if bench.fused is not None:
         starts = torch.arange(texts + 1, dtype=torch.int32, device=bench.device) * length
         # as an engine has it: where texts start is on the device already
@@ -395,24 +416,10 @@ def main(arguments: list[str] | None = None) -> int:
     if not obstacle:
         from nomoe_kernels import fused
     bench = Bench(SMOKE if args.smoke else REAL, dtype, device, fused, args.tiles)
-    results = []
-    with torch.no_grad():
-        try:
-            for kind in tqdm(args.only, unit=" kinds", disable=None):
-                for work, layers in works(
-                    bench, kind, tokens, SMOKE_TEXTS if args.smoke else TEXTS
-                ):
-                    case = bench_moe.build_case(work, layers, args.dtype, device)
-                    measured = harness.measure(case, repeats=args.repeats, device=device)
-                    # the runs hold graphs and their memory; the record needs names and figures
-                    results.append(harness.forget_runs(case, measured))
-                    del case, measured, work, layers
-        except harness.DisagreementError as error:
-            return script.refuse(error)
-
-    record = report.make_record(
-        "bench_kernels",
-        results,
+    run = script.Run(
+        args,
+        f"bench_kernels-{device.type}-{args.dtype}",
+        benchmark="bench_kernels",
         command=report.command_line(arguments),
         machine=machine,
         settings={
@@ -420,12 +427,23 @@ def main(arguments: list[str] | None = None) -> int:
             "device": str(device),
             "repeats": args.repeats,
             "warm-up": harness.WARM_UP,
-            "calls in a run": LAYERS,
+            "calls in a run": f"{LAYERS}, of dense products as many as read 256 MiB of weights",
             "CUDA graphs": device.type == "cuda",
         },
         not_run=not_run,
     )
-    return script.finish(record, args, f"bench_kernels-{device.type}-{args.dtype}")
+    texts = SMOKE_TEXTS if args.smoke else TEXTS
+    with torch.no_grad():
+        for kind in tqdm(args.only, unit=" kinds", disable=None):
+            with run.attempt(kind):
+                for work, layers in works(bench, kind, tokens, texts):
+                    with run.attempt(work.title):
+                        case = bench_moe.build_case(work, layers, args.dtype, device)
+                        run.measure(case, calls=len(layers))
+                        del case
+                    # before the next ones are drawn
+                    del work, layers
+    return run.finish()
 
 
 if __name__ == "__main__":

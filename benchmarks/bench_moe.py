@@ -32,7 +32,7 @@ from harness import Case, Contender, Deviation
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from nomoe.model import DTYPES
+from nomoe.arguments import DTYPES
 from nomoe.moe import select_backend
 from nomoe_kernels import configs, reference
 
@@ -42,6 +42,8 @@ TOP_K = 2
 TOKENS = (16, 64, 256, 512, 1024, 2048, 4096, 16384, 65536, 131072)
 SMOKE_TOKENS = (5, 40)
 ROUTINGS = ("balanced", "skewed", "uneven")
+# what no GPU's L2 holds
+COLD_BYTES = 256 << 20
 # an expert's share of the rows next to the one before it
 UNEVEN = 0.78
 CONTENDERS = ("nomoe (triton)", "nomoe (torch)", "torch, F.grouped_mm", "scattermoe")
@@ -136,11 +138,12 @@ def triton_layer(x_TD: Tensor, layer: Layer) -> Tensor:
 
 def stock_layer(x_TD: Tensor, layer: Layer) -> Tensor:
     """A good build of stock operations: sort, F.grouped_mm, GELU by itself, gather and sum."""
-    weights_TK, experts_TK = reference.route(x_TD, layer.router_ED, TOP_K)
+    probabilities_TE = F.linear(x_TD, layer.router_ED).softmax(dim=-1, dtype=torch.float32)
+    weights_TK, experts_TK = probabilities_TE.topk(TOP_K)
     _, order_R, ends_E = sort_by_expert(experts_TK, len(layer.w1_EDF))
     h_RF = F.gelu(F.grouped_mm(x_TD[order_R // TOP_K], layer.w1_EDF, offs=ends_E))
     y_RD = F.grouped_mm(h_RF, layer.w2_EFD, offs=ends_E)
-    y_RD = y_RD * weights_TK.flatten()[order_R, None]
+    y_RD = y_RD * weights_TK.to(y_RD.dtype).flatten()[order_R, None]
     return reference.unpermute(y_RD, order_R, layer.bias_D, TOP_K)
 
 
@@ -184,6 +187,8 @@ class Work(NamedTuple):
     flop: int
     bytes: int
     ceilings: list[Ceiling]
+    # compares what no output of a run shows; raises DisagreementError
+    check: Callable[[], None] = lambda: None
 
 
 def layer_work(tokens: int, routing: str, layers: list[Layer], contenders: list[str]) -> Work:
@@ -310,6 +315,7 @@ def kernel_works(tokens: int, layers: list[Layer], *, all_tiles: bool) -> list[W
         ours: Callable[[Tensor], Tensor],
         stock: Callable[[Tensor], Tensor],
         moved: int,
+        check: Callable[[], None] = lambda: None,
     ) -> Work:
         # other memory for each call of a run, as the copy has
         copies = [read, *(read.clone() for _ in range(LAYERS - 1))]
@@ -326,15 +332,22 @@ def kernel_works(tokens: int, layers: list[Layer], *, all_tiles: bool) -> list[W
             flop=0,
             bytes=moved,
             ceilings=[copy_ceiling(moved, device)],
+            check=check,
         )
 
     norm = reference.Norm(torch.ones_like(layer.bias_D), layer.bias_D, 1e-5)
     router = (layer.router_ED, TOP_K)
-    check_routing("route", fused.route(x_TD, *router), reference.route(x_TD, *router), ties=0)
-    found, expected = (
-        module.add_norm_route(x_TD, x_TD, norm, *router)[1:] for module in (fused, reference)
-    )
-    check_routing("residual, LayerNorm and route", found, expected)
+
+    def check_route() -> None:
+        found, expected = (module.route(x_TD, *router) for module in (fused, reference))
+        check_routing(f"route, {tokens:,} tokens", found, expected, ties=0)
+
+    def check_norm_route() -> None:
+        found, expected = (
+            module.add_norm_route(x_TD, x_TD, norm, *router)[1:] for module in (fused, reference)
+        )
+        check_routing(f"residual, LayerNorm and route, {tokens:,} tokens", found, expected)
+
     works += [
         memory_work(
             "route",
@@ -342,6 +355,7 @@ def kernel_works(tokens: int, layers: list[Layer], *, all_tiles: bool) -> list[W
             lambda x_TD: fused.route(x_TD, *router)[0],
             lambda x_TD: reference.route(x_TD, *router)[0],
             tokens * (D * item + TOP_K * 12),
+            check_route,
         ),
         memory_work(
             "residual, LayerNorm and route",
@@ -350,6 +364,7 @@ def kernel_works(tokens: int, layers: list[Layer], *, all_tiles: bool) -> list[W
             lambda x_TD: reference.add_norm_route(x_TD, x_TD, norm, *router)[0],
             # both operands are the same tensor
             tokens * (2 * D * item + TOP_K * 12),
+            check_norm_route,
         ),
         memory_work(
             "permute with rows",
@@ -438,9 +453,10 @@ def products_ceiling(layer: Layer, rows: int, *, up: bool, down: bool) -> Ceilin
 
 
 def copy_ceiling(moved: int, device: torch.device) -> Ceiling:
-    """A copy that reads and writes as many bytes together, other memory for every layer."""
-    memory = torch.zeros(2, LAYERS, max(moved // 2, 1), dtype=torch.uint8, device=device)
-    turn = itertools.cycle(range(LAYERS))
+    """A copy that reads and writes as many bytes together, of memory that no cache holds."""
+    turns = 1 + COLD_BYTES // moved if device.type == "cuda" else LAYERS
+    memory = torch.zeros(2, turns, max(moved // 2, 1), dtype=torch.uint8, device=device)
+    turn = itertools.cycle(range(turns))
 
     def run(one: Layer) -> Tensor:
         index = next(turn)
@@ -450,11 +466,12 @@ def copy_ceiling(moved: int, device: torch.device) -> Ceiling:
 
 
 def build_case(work: Work, layers: list[Layer], dtype: str, device: torch.device) -> Case:
-    """Check each contender on every layer, then make runs of six layers that can be timed.
+    """Check each contender on every layer, then make runs of all of them that can be timed.
 
     Raises:
         DisagreementError: An output is not the expected one.
     """
+    work.check()
     bound = BOUNDS[dtype]
     for one in layers:
         expected = work.expected(one)
@@ -470,14 +487,15 @@ def build_case(work: Work, layers: list[Layer], dtype: str, device: torch.device
         waits = name in SYNCHRONISE or ("F.grouped_mm" in name and dtype != "bfloat16")
         return run_all if waits or device.type != "cuda" else harness.captured(run_all)
 
+    calls = len(layers)
     contenders = [
-        Contender(name, all_layers(name, run), LAYERS * work.flop, bound, LAYERS * work.bytes)
+        Contender(name, all_layers(name, run), calls * work.flop, bound, calls * work.bytes)
         for name, run in work.runs.items()
     ] + [
-        Contender(name, all_layers(name, run), LAYERS * flop, None, LAYERS * moved)
+        Contender(name, all_layers(name, run), calls * flop, None, calls * moved)
         for name, run, flop, moved in work.ceilings
     ]
-    return Case(work.title, LAYERS * work.tokens, contenders, expected, baseline=work.baseline)
+    return Case(work.title, calls * work.tokens, contenders, expected, baseline=work.baseline)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -510,31 +528,11 @@ def main(arguments: list[str] | None = None) -> int:
     if find_spec("scattermoe") is None:
         not_run["scattermoe"] = "not installed"
     contenders = [name for name in CONTENDERS if name not in not_run]
-    with torch.no_grad():
-        layers = draw_layers(SMOKE if args.smoke else REAL, dtype, device)
-        results = []
-        plan = [(count, routing) for count in tokens for routing in args.routing]
-        if args.kernels:
-            plan = [(count, "balanced") for count in tokens]
-        try:
-            for count, routing in tqdm(plan, unit=" sizes", disable=None):
-                works = (
-                    kernel_works(count, layers, all_tiles=args.tiles)
-                    if args.kernels
-                    else [layer_work(count, routing, layers, contenders)]
-                )
-                for work in works:
-                    case = build_case(work, layers, args.dtype, device)
-                    measured = harness.measure(case, repeats=args.repeats, device=device)
-                    # the runs hold graphs and their memory; the record needs names and figures
-                    results.append(harness.forget_runs(case, measured))
-                    del case, measured
-        except harness.DisagreementError as error:
-            return script.refuse(error)
-
-    record = report.make_record(
-        "bench_moe",
-        results,
+    kind = "kernels" if args.kernels else "layer"
+    run = script.Run(
+        args,
+        f"bench_moe-{kind}-{device.type}-{args.dtype}",
+        benchmark="bench_moe",
         command=report.command_line(arguments),
         machine=machine,
         settings={
@@ -547,8 +545,22 @@ def main(arguments: list[str] | None = None) -> int:
         },
         not_run=not_run,
     )
-    kind = "kernels" if args.kernels else "layer"
-    return script.finish(record, args, f"bench_moe-{kind}-{device.type}-{args.dtype}")
+    with torch.no_grad():
+        layers = draw_layers(SMOKE if args.smoke else REAL, dtype, device)
+        plan = [(count, routing) for count in tokens for routing in args.routing]
+        if args.kernels:
+            plan = [(count, "balanced") for count in tokens]
+        for count, routing in tqdm(plan, unit=" sizes", disable=None):
+            with run.attempt(f"{count:,} tokens, {routing}"):
+                works = (
+                    kernel_works(count, layers, all_tiles=args.tiles)
+                    if args.kernels
+                    else [layer_work(count, routing, layers, contenders)]
+                )
+                for work in works:
+                    with run.attempt(work.title):
+                        run.measure(build_case(work, layers, args.dtype, device))
+    return run.finish()
 
 
 def triton_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:

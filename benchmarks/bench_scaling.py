@@ -9,9 +9,9 @@ tokens in flight. `routing`: a model of one dense and one MoE layer, whose busie
 growing share of the rows. `experts`: the same model with more experts, two to a token as ever.
 
 Contenders are nomoe, the padded looping form and stock torch (stock.py), on random weights. Each
-vector has to agree with that of the looping form in float32; otherwise the run ends with no speed.
-In float32 a text of which the last bit of a sum might send a token to another expert is drawn anew.
-Results go to benchmarks/results/ as dated JSON and Markdown; pictures.py draws them.
+vector has to agree with that of the looping form in float32; a point where one does not has no
+speed. In float32 a text of which the last bit of a sum might send a token to another expert is
+drawn anew. Results go to benchmarks/results/ as dated JSON and Markdown; pictures.py draws them.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from harness import Case, Contender
 from tqdm.auto import tqdm
 
 from nomoe import NomicMoEConfig, NomicMoEModel, data
-from nomoe.model import DTYPES
+from nomoe.arguments import DTYPES
 
 SEED = 0
 SWEEPS = ("length", "batch", "routing", "experts")
@@ -149,38 +149,31 @@ def main(arguments: list[str] | None = None) -> int:
     )
     tokens = args.tokens or (SMOKE_TOKENS if args.smoke else TOKENS.get(device.type, 2048))
     every = list(points(config, tokens, args.sweep))
-    results = []
-    grown = []
     not_run = {"stock torch": reason} if (reason := stock.obstacle()) else {}
-    try:
-        for point in tqdm(every, unit=" sizes", disable=None):
-            case, x = build_case(point, args.dtype, device)
-            measured = harness.measure(
-                case, repeats=args.repeats, device=device, warm_up=WARM_UP[device.type == "cuda"]
-            )
-            # a case holds its models
-            results.append(harness.forget_runs(case, measured))
-            grown.append({"sweep": point.sweep, "x": x})
-            del case, measured
-    except harness.DisagreementError as error:
-        return script.refuse(error)
-    record = report.make_record(
-        "bench_scaling",
-        results,
+    warm_up = WARM_UP[device.type == "cuda"]
+    run = script.Run(
+        args,
+        f"bench_scaling-{device.type}-{args.dtype}",
+        benchmark="bench_scaling",
         command=report.command_line(arguments),
         machine=machine,
         settings={
             "dtype": args.dtype,
             "device": str(device),
             "repeats": args.repeats,
-            "warm-up": WARM_UP[device.type == "cuda"],
+            "warm-up": warm_up,
             "width": config.n_embd,
             "layers": config.n_layer,
         },
         not_run=not_run,
     )
-    record["cases"] = [case | where for case, where in zip(record["cases"], grown, strict=True)]
-    return script.finish(record, args, f"bench_scaling-{device.type}-{args.dtype}")
+    for point in tqdm(every, unit=" sizes", disable=None):
+        with run.attempt(f"{point.sweep} {point.x or point.unevenness:.3g}"):
+            case, x = build_case(point, args.dtype, device)
+            run.measure(case, warm_up=warm_up, sweep=point.sweep, x=x)
+            # it holds its models
+            del case
+    return run.finish()
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 import nomoe
+from nomoe.files import atomic_output
 
 if TYPE_CHECKING:
     from harness import Case, Result
@@ -59,22 +60,26 @@ def command_line(arguments: Sequence[str]) -> str:
 
 def make_record(
     benchmark: str,
-    results: Sequence[tuple[Case, list[Result]]],
+    cases: Sequence[Mapping[str, Any]],
     *,
     command: str,
     machine: str,
     settings: Mapping[str, Any],
     not_run: Mapping[str, str],
+    left_out: Mapping[str, str],
+    complete: bool = True,
 ) -> dict[str, Any]:
     """Gather everything a result file holds; `render` makes it readable.
 
     Args:
         benchmark: Its name.
-        results: Cases and what `measure` returned for them.
+        cases: What `case_record` returned for each.
         command: What `command_line` returns.
         machine: What `machine_line` returned before the run.
         settings: What else the figures depend on.
         not_run: Contenders that cannot run here and why, by name.
+        left_out: Cases that have no figures and why, by title.
+        complete: No case is to come.
     """
     return {
         "benchmark": benchmark,
@@ -83,15 +88,19 @@ def make_record(
         "machine": machine,
         "settings": dict(settings),
         "not_run": dict(not_run),
-        "cases": [
-            {
-                "title": case.title,
-                "tokens": case.tokens,
-                "baseline": case.baseline,
-                "contenders": _rows(case, of_case),
-            }
-            for case, of_case in results
-        ],
+        "left_out": dict(left_out),
+        "complete": complete,
+        "cases": list(cases),
+    }
+
+
+def case_record(case: Case, results: list[Result]) -> dict[str, Any]:
+    """What a record holds of a case and of what `measure` returned for it."""
+    return {
+        "title": case.title,
+        "tokens": case.tokens,
+        "baseline": case.baseline,
+        "contenders": _rows(case, results),
     }
 
 
@@ -139,7 +148,9 @@ def render(record: Mapping[str, Any]) -> str:
         "Ratio: speed relative to the contender at 1.00. TFLOP/s: work on real tokens only. "
         "Of ceiling: the time of the slowest ceiling, or of the one that runs the contender's "
         "dtype where there are several dtypes, over this one's.",
-        *(f"Not run: {name}: {reason}." for name, reason in record["not_run"].items()),
+        *(f"Not run: {name}: {_line(reason)}." for name, reason in record["not_run"].items()),
+        *(f"**Left out**: {_line(why)}." for why in record["left_out"].values()),
+        *([] if record["complete"] else ["**Unfinished**: the run ended before its last case."]),
     ]
     for case in record["cases"]:
         cells = [
@@ -165,6 +176,11 @@ def render(record: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _line(why: str) -> str:
+    """The first line of an error, which may have many, without its stop."""
+    return why.strip().partition("\n")[0].rstrip(".")
+
+
 def heading(record: Mapping[str, Any]) -> list[str]:
     """First lines of a report: what, when, how and where."""
     return [
@@ -176,20 +192,25 @@ def heading(record: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def write_results(record: Mapping[str, Any], folder: Path, stem: str, text: str) -> list[Path]:
-    """Write a record as `folder/DATE-stem.json`, its text as `.md`, and return both paths.
+def result_paths(folder: Path, stem: str) -> tuple[Path, Path]:
+    """Where a record goes, `folder/DATE-stem.json`, and its text, `.md`.
 
     A number is added to the name where there are such files already: a result is never replaced.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     for count in itertools.count(1):
-        name = f"{record['date']}-{stem}" + (f"-{count}" if count > 1 else "")
-        paths = [folder / f"{name}{suffix}" for suffix in (".json", ".md")]
+        name = f"{datetime.date.today()}-{stem}" + (f"-{count}" if count > 1 else "")
+        paths = folder / f"{name}.json", folder / f"{name}.md"
         if not any(path.exists() for path in paths):
-            break
-    paths[0].write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    paths[1].write_text(text, encoding="utf-8")
-    return paths
+            return paths
+    raise AssertionError("unreachable")
+
+
+def write_results(record: Mapping[str, Any], paths: tuple[Path, Path], text: str) -> None:
+    """Write a record as JSON, and its text; each is whole at any time."""
+    paths[0].parent.mkdir(parents=True, exist_ok=True)
+    for path, content in zip(paths, (json.dumps(record, indent=1) + "\n", text), strict=True):
+        with atomic_output(path) as file:
+            file.write(content.encode())
 
 
 def table(cells: list[list[str]]) -> list[str]:

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import harness
 import report
 import torch
-from harness import DisagreementError
+from harness import Case
+from tqdm.auto import tqdm
 
-from nomoe.model import resolve_device
+from nomoe.arguments import resolve_device
 
 
 def parser(
@@ -67,31 +71,115 @@ def parse(
         if args.device.type == "cuda":
             # graphs are captured on the current device
             torch.cuda.set_device(args.device.index or 0)
+    else:
+        args.device = torch.device("cpu")
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     return args
 
 
-def refuse(error: DisagreementError) -> int:
-    """Say why there are no figures; return the exit status."""
-    print(f"no speed is reported, since outputs disagree: {error}", file=sys.stderr)
-    return 1
-
-
-def finish(
-    record: Mapping[str, Any], args: argparse.Namespace, stem: str, text: str | None = None
-) -> int:
-    """Print a record and write it; return the exit status.
+class Run:
+    """A run's cases, measured one by one and written after each: nothing that is known gets lost.
 
     Args:
-        record: What `report.make_record` returned, or one with as much as `report.heading` reads.
         args: What `parse` returned.
         stem: Of the files' names.
-        text: The record in Markdown; None leaves that to `report.render`.
+        about: What `report.make_record` is told beside the cases.
     """
-    text = report.render(record) if text is None else text
+
+    def __init__(self, args: argparse.Namespace, stem: str, **about: Any) -> None:
+        self._args, self._stem, self._about = args, stem, about
+        self._cases: list[dict[str, Any]] = []
+        self._left_out: dict[str, str] = {}
+        self._paths: tuple[Path, Path] | None = None
+
+    @contextmanager
+    def attempt(self, title: str) -> Iterator[None]:
+        """Leave a case out whose outputs disagree, or that fails otherwise; say so, and go on."""
+        try:
+            yield
+        except harness.DisagreementError as error:
+            self._leave_out(title, disagreement(error))
+        # whatever it is, the next case may do without it
+        except Exception as error:
+            tqdm.write(traceback.format_exc(), file=sys.stderr)
+            self._leave_out(title, f"{title} failed: {type(error).__name__}: {error}")
+
+    def _leave_out(self, title: str, why: str) -> None:
+        tqdm.write(why, file=sys.stderr)
+        self._left_out[title] = why
+        self._write(complete=False)
+
+    def measure(
+        self,
+        case: Case,
+        *,
+        repeats: int | None = None,
+        warm_up: int = harness.WARM_UP,
+        bar: tqdm[Any] | None = None,
+        **more: Any,
+    ) -> None:
+        """Time a case's contenders, and write what is known so far.
+
+        Args:
+            case: The work.
+            repeats: As `harness.measure` takes it; by default that of the command line.
+            warm_up: The same.
+            bar: The same.
+            more: What else the record is to hold of this case.
+
+        Raises:
+            DisagreementError: An output is not the expected one.
+        """
+        measured = harness.measure(
+            case,
+            repeats=repeats or self._args.repeats,
+            warm_up=warm_up,
+            device=self._args.device,
+            bar=bar,
+        )
+        self._cases.append(report.case_record(case, measured) | more)
+        self._write(complete=False)
+
+    def finish(self) -> int:
+        """Print the record and write it; return the exit status, 1 if a case was left out."""
+        print(self._write(complete=True))
+        for path in self._paths or ():
+            print(f"wrote {path}", file=sys.stderr)
+        return 1 if self._left_out else 0
+
+    def _write(self, *, complete: bool) -> str:
+        record = report.make_record(
+            cases=self._cases, left_out=self._left_out, complete=complete, **self._about
+        )
+        if self._paths is None:
+            self._paths = _paths(self._args, self._stem)
+        text = report.render(record)
+        report.write_results(record, self._paths, text)
+        return text
+
+
+def disagreement(error: harness.DisagreementError) -> str:
+    """Say why there are no figures."""
+    return f"outputs disagree, so that no speed is reported: {error}"
+
+
+def finish(record: Mapping[str, Any], args: argparse.Namespace, stem: str, text: str) -> int:
+    """Print a record that is not of a `Run` and write it; return the exit status.
+
+    Args:
+        record: With as much as `report.heading` reads.
+        args: What `parse` returned.
+        stem: Of the files' names.
+        text: The record in Markdown.
+    """
     print(text)
-    stem += "-smoke" if args.smoke else ""
-    for path in report.write_results(record, args.output, stem, text):
+    paths = _paths(args, stem)
+    report.write_results(record, paths, text)
+    for path in paths:
         print(f"wrote {path}", file=sys.stderr)
     return 0
+
+
+def _paths(args: argparse.Namespace, stem: str) -> tuple[Path, Path]:
+    return report.result_paths(args.output, stem + ("-smoke" if args.smoke else ""))

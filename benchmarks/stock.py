@@ -59,9 +59,12 @@ class Stock:
         ids_T = torch.tensor(list(chain.from_iterable(texts)))
         text_T = torch.arange(len(texts)).repeat_interleave(torch.tensor(lengths))
         # where each text begins, and where the last one ends
-        starts = torch.tensor([0, *lengths]).cumsum(0).int()
-        positions_T = torch.arange(len(ids_T)) - starts[text_T]
-        on_device = (one.to(self.device) for one in (ids_T, positions_T, text_T, starts))
+        starts = torch.tensor([0, *lengths]).cumsum(0)
+        numbers = [ids_T, torch.arange(len(ids_T)) - starts[text_T], text_T, starts]
+        together = torch.cat(numbers)
+        if self.device.type == "cuda":
+            together = together.pin_memory()
+        on_device = together.to(self.device, non_blocking=True).split([len(one) for one in numbers])
         # compiled code would check every length at every call
         apart = None if self._takes_varlen else lengths
         return self._run(*on_device, max(lengths), apart)
@@ -108,7 +111,8 @@ class Stock:
         if lengths is None:
             from torch.nn.attention.varlen import varlen_attn
 
-            out_TNH = varlen_attn(q_TNH, k_TNH, v_TNH, starts, starts, longest, longest)
+            bounds = starts.int()
+            out_TNH = varlen_attn(q_TNH, k_TNH, v_TNH, bounds, bounds, longest, longest)
         else:
             parts = zip(*(one.split(lengths) for one in (q_TNH, k_TNH, v_TNH)), strict=True)
             out_TNH = torch.cat(

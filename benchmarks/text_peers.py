@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 import nomoe
-from nomoe.model import DTYPES
+from nomoe.arguments import DTYPES
 
 # (n, D) float32, unit norm, in the order of the texts
 EmbedTexts = Callable[[list[str]], Tensor]
@@ -36,7 +36,7 @@ class Setting(NamedTuple):
 
     # a checkpoint in the published format
     folder: Path
-    # a key of `nomoe.model.DTYPES`
+    # a key of `nomoe.arguments.DTYPES`
     dtype: str
     device: torch.device
     # base address of a running text-embeddings-inference, or None

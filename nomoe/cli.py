@@ -262,7 +262,7 @@ def _verify(options: argparse.Namespace) -> int:
     import torch
 
     from . import data
-    from .model import resolve_device, resolve_dtype
+    from .arguments import resolve_device, resolve_dtype
     from .moe import select_backend
     from .verify import Check, table, verify_golden, verify_published, verify_reference
 

@@ -13,11 +13,18 @@ import torch
 from torch import Tensor
 
 from . import pipeline, similarity
-from .arguments import check_count, check_dim, check_length, choose_prompt
+from .arguments import (
+    check_count,
+    check_dim,
+    check_length,
+    choose_prompt,
+    resolve_device,
+    resolve_dtype,
+)
 from .checkpoint import CONFIG_FILE, DEFAULT_REPO, TOKENIZER_FILE, locate
 from .config import NomicMoEConfig
 from .engine import Engine, Pooling, token_budget
-from .model import NomicMoEModel, resolve_device, resolve_dtype
+from .model import NomicMoEModel
 from .moe import BackendName, select_backend
 from .pipeline import Plan
 from .quantize import Precision, check_precision, quantize

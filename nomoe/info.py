@@ -9,8 +9,8 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
+from .arguments import resolve_device, resolve_dtype
 from .checkpoint import DEFAULT_REPO, DEFAULT_REVISION, find_weights, locate
-from .model import resolve_device, resolve_dtype
 from .moe import Linear, cpu_ops, select_backend
 
 _PACKAGES = (

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import opaque
+from .arguments import resolve_device, resolve_dtype
 from .checkpoint import CONFIG_FILE, DEFAULT_REPO, load_tensors, locate
 from .config import NomicMoEConfig
 from .moe import (
@@ -37,8 +38,6 @@ from .moe import (
 )
 
 logger = logging.getLogger(__name__)
-
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 class NomicMoEOutput(NamedTuple):
@@ -606,45 +605,6 @@ class NomicMoEModel(nn.Module):
             router_weights=tuple(weights for weights, _ in routings) if output_routing else None,
             router_experts=tuple(experts for _, experts in routings) if output_routing else None,
         )
-
-
-def resolve_device(device: str | torch.device | None) -> torch.device:
-    """Turn a device argument into a device; None means CUDA where there is one.
-
-    Raises:
-        RuntimeError: The device is not available here.
-        ValueError: Not the name of a device that computes.
-    """
-    if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        resolved = torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(f"device is {device!r}: {error}") from error
-    if resolved.type == "cuda" and not torch.cuda.is_available():
-        raise RuntimeError(f"device is {device!r}, but torch finds no CUDA device here")
-    if resolved.type == "meta":
-        raise ValueError("device is 'meta', which computes nothing")
-    try:
-        torch.empty(1, device=resolved)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise RuntimeError(f"device is {device!r}, which torch cannot use here: {error}") from error
-    return resolved
-
-
-def resolve_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
-    """Turn a dtype argument into a dtype; None means float16 on CUDA and float32 elsewhere.
-
-    Raises:
-        ValueError: Not one of float32, float16 and bfloat16.
-    """
-    if dtype is None:
-        # float16 has bfloat16's speed and eight times its precision; activations stay below 30
-        return torch.float16 if device.type == "cuda" else torch.float32
-    resolved = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
-    if resolved is None or resolved not in DTYPES.values():
-        raise ValueError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
-    return resolved
 
 
 # the compiler has no pinned memory

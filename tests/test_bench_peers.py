@@ -174,7 +174,9 @@ def test_a_server_is_a_peer_and_refused_when_it_is_wrong(
     if factor != 1:
         assert status == 1
         assert "text-embeddings-inference: output is off" in capsys.readouterr().err
-        assert not list(tmp_path.iterdir())
+        record = json.loads(next(tmp_path.glob("*.json")).read_text())
+        assert len(record["left_out"]) == 5
+        assert all(case["title"].endswith("from ids") for case in record["cases"])
         return
     assert status == 0
     # no request is larger than the server allows

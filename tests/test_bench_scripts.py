@@ -84,18 +84,24 @@ def test_smoke_run_writes_its_results(tmp_path):
         assert all(one["deviation"]["max_abs"] <= 5e-6 for one in (encoder, through))
 
 
-def test_a_wrong_contender_leaves_no_speed_anywhere(bench_encoder, monkeypatch, tmp_path, capsys):
+def test_a_wrong_contender_leaves_no_speed_of_its_inputs(
+    bench_encoder, monkeypatch, tmp_path, capsys
+):
     right = bench_encoder.peers.Packed.__call__
     monkeypatch.setattr(
         bench_encoder.peers.Packed, "__call__", lambda *arguments: 1.01 * right(*arguments)
     )
-    output = tmp_path / "results"
-    assert bench_encoder.main(["--smoke", "--device=cpu", f"--output={output}"]) == 1
-    printed = capsys.readouterr()
-    assert printed.out == ""
-    assert "no speed is reported" in printed.err
-    assert "nomoe (torch)" in printed.err
-    assert not output.exists()
+    command = ["--smoke", "--device=cpu", "--repeats=1", "--threads=1", f"--output={tmp_path}"]
+    assert bench_encoder.main(command) == 1
+    assert "no speed is reported" in capsys.readouterr().err
+    record = json.loads(next(tmp_path.glob("*.json")).read_text())
+    assert len(record["left_out"]) == 5
+    for title, why in record["left_out"].items():
+        assert title.endswith("from ids")
+        assert f"{title}, nomoe (torch): output is off" in why
+    # through the Encoder it is right
+    assert len(record["cases"]) == 5
+    assert all(case["title"].endswith("from strings") for case in record["cases"])
 
 
 def test_texts_near_a_tie_are_left_out(bench_encoder, monkeypatch, tmp_path):
@@ -285,7 +291,7 @@ def test_a_wrong_kernel_leaves_no_speed(bench_kernels, tmp_path, monkeypatch, ca
     arguments = [*SMOKE_OF_KERNELS, "--only=dense", f"--output={tmp_path}"]
     assert bench_kernels.main(arguments) == 1
     assert "fc1 with GELU, 5 tokens, nomoe" in capsys.readouterr().err
-    assert not list(tmp_path.iterdir())
+    assert json.loads(next(tmp_path.glob("*.json")).read_text())["cases"] == []
 
 
 def test_wrong_experts_leave_no_speed(bench_kernels, tmp_path, monkeypatch, capsys):
@@ -302,7 +308,7 @@ def test_wrong_experts_leave_no_speed(bench_kernels, tmp_path, monkeypatch, caps
     arguments = [*SMOKE_OF_KERNELS, "--only=route", f"--output={tmp_path}"]
     assert bench_kernels.main(arguments) == 1
     assert "100.00% of the tokens take other experts" in capsys.readouterr().err
-    assert not list(tmp_path.iterdir())
+    assert json.loads(next(tmp_path.glob("*.json")).read_text())["cases"] == []
 
 
 def test_attention_is_compared_where_it_rotates(bench_kernels, tmp_path, monkeypatch, capsys):
@@ -356,7 +362,7 @@ def test_a_wrong_packed_product_leaves_no_speed(bench_cpu, tmp_path, monkeypatch
     monkeypatch.setattr(cpu, "linear", lambda *inputs, **options: 1.01 * right(*inputs, **options))
     assert bench_cpu.main(["--smoke", "--repeats=1", "--threads=1", f"--output={tmp_path}"]) == 1
     assert "no speed is reported" in capsys.readouterr().err
-    assert not list(tmp_path.iterdir())
+    assert json.loads(next(tmp_path.glob("*.json")).read_text())["cases"] == []
 
 
 # --- bench_scaling

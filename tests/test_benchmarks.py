@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import gc
+import importlib
 import itertools
+import json
 import sys
 import weakref
 from itertools import chain
@@ -172,11 +175,13 @@ def test_derived_figures():
     case = Case("some", 300, [fast.contender, slow.contender], torch.ones(1), "slow")
     record = report.make_record(
         "bench",
-        [(case, [fast, slow])],
+        [report.case_record(case, [fast, slow])],
         command="python it",
         machine="this one",
         settings={},
         not_run={"other": "not installed"},
+        left_out={"another": "another failed: ValueError: no.\nmore"},
+        complete=False,
     )
     first, second = record["cases"][0]["contenders"]
     figures = ("median_ms", "p20_ms", "p80_ms", "tokens_per_s", "tflop_per_s", "ratio")
@@ -190,7 +195,10 @@ def test_derived_figures():
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     # no bytes are counted; the other one, without a bound, is the ceiling
     assert cells == ["fast", "10,000", "30.0", "18.0", "42.0", "0.2", "", "2.00", "200%", "1.0e-12"]
-    assert "Not run: other: not installed." in report.render(record)
+    text = report.render(record)
+    assert "Not run: other: not installed." in text
+    assert "**Left out**: another failed: ValueError: no.\n" in text
+    assert "**Unfinished**" in text
 
 
 def test_share_of_the_slowest_ceiling():
@@ -202,10 +210,17 @@ def test_share_of_the_slowest_ceiling():
         for contender, seconds in zip(case.contenders, (4.0, 1.0, 3.0), strict=True)
     ]
     record = report.make_record(
-        "it", [(case, results)], command="", machine="", settings={}, not_run={}
+        "it",
+        [report.case_record(case, results)],
+        command="",
+        machine="",
+        settings={},
+        not_run={},
+        left_out={},
     )
     first = record["cases"][0]["contenders"][0]
     assert (first["gb_per_s"], first["of_ceiling"]) == (2.0, 0.75)
+    assert "**" not in report.render(record)
     [row] = [line for line in report.render(record).splitlines() if line.startswith("| one")]
     assert [cell.strip() for cell in row.strip("|").split("|")][-4:] == ["2", "1.00", "75%", ""]
 
@@ -250,6 +265,7 @@ def test_a_replay_keeps_what_its_run_reads(monkeypatch):
     x = torch.ones(3)
     held = weakref.ref(x)
     replay = harness.captured(lambda x=x: x.sum())
+    assert isinstance(replay, harness.Replay)
     del x
     gc.collect()
     assert held() is not None
@@ -263,14 +279,74 @@ def test_a_replay_keeps_what_its_run_reads(monkeypatch):
 
 
 def test_results_are_never_replaced(tmp_path):
-    record = report.make_record("b", [], command="c", machine="m", settings={}, not_run={})
-    first = report.write_results(record, tmp_path / "new", "b-cpu", "text")
+    date = datetime.date.today()
+    first = report.result_paths(tmp_path / "new", "b-cpu")
+    report.write_results({"date": str(date)}, first, "text")
     before = [path.read_bytes() for path in first]
-    second = report.write_results(record, tmp_path / "new", "b-cpu", "text")
-    date = record["date"]
+    second = report.result_paths(tmp_path / "new", "b-cpu")
+    report.write_results({}, second, "other text")
     assert [path.name for path in first] == [f"{date}-b-cpu.json", f"{date}-b-cpu.md"]
     assert [path.name for path in second] == [f"{date}-b-cpu-2.json", f"{date}-b-cpu-2.md"]
     assert [path.read_bytes() for path in first] == before
+    assert len(list((tmp_path / "new").iterdir())) == 4
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """What the scripts share, as they import it."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    return importlib.import_module("script")
+
+
+def one_case(script, title, run):
+    contender = script.harness.Contender(title, run, 1, script.harness.Deviation(1e-9, 1e-6))
+    return script.harness.Case(title, 1, [contender], torch.ones(1, 2), title)
+
+
+def run_cases(script, output, *works):
+    """Measure a case of each work, titled by its place; the exit status."""
+    arguments = ["--device=cpu", "--repeats=1", f"--output={output}"]
+    args = script.parse(script.parser("", repeats=1), arguments)
+    about = {"benchmark": "b", "command": "c", "machine": "m", "settings": {}, "not_run": {}}
+    run = script.Run(args, "b", **about)
+    for place, work in enumerate(works):
+        with run.attempt(f"case {place}"):
+            run.measure(one_case(script, f"case {place}", work), more=place)
+    return run.finish()
+
+
+def right():
+    return torch.ones(1, 2)
+
+
+def fails(error):
+    raise error
+
+
+def test_a_case_that_disagrees_or_fails_is_left_out(script, tmp_path, capsys):
+    works = [right, lambda: 2 * right(), lambda: fails(MemoryError("full")), right]
+    assert run_cases(script, tmp_path, *works) == 1
+    printed = capsys.readouterr()
+    for text in (printed.err, printed.out):
+        assert "outputs disagree, so that no speed is reported: case 1, case 1: output is" in text
+        assert "case 2 failed: MemoryError: full" in text
+    assert "Traceback" in printed.err
+    record = json.loads(next(tmp_path.glob("*.json")).read_text())
+    found = [(case["title"], case["more"]) for case in record["cases"]]
+    assert found == [("case 0", 0), ("case 3", 3)]
+    assert list(record["left_out"]) == ["case 1", "case 2"]
+    assert record["complete"] is True
+    assert run_cases(script, tmp_path / "other", right) == 0
+
+
+def test_what_ends_a_run_early_leaves_what_was_measured(script, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        run_cases(script, tmp_path, right, lambda: 2 * right(), lambda: fails(KeyboardInterrupt()))
+    record = json.loads(next(tmp_path.glob("*.json")).read_text())
+    assert [case["title"] for case in record["cases"]] == ["case 0"]
+    assert list(record["left_out"]) == ["case 1"]
+    assert record["complete"] is False
+    assert "**Unfinished**" in next(tmp_path.glob("*.md")).read_text()
 
 
 def test_the_command_line_names_the_script_from_the_root(monkeypatch):

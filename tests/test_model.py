@@ -14,7 +14,7 @@ from torch import Tensor
 
 from benchmarks import peers
 from nomoe import NomicMoEConfig, NomicMoEModel, data
-from nomoe.model import resolve_device, resolve_dtype
+from nomoe.arguments import resolve_device, resolve_dtype
 from nomoe.moe import Backend, BackendName, Pooling, select_backend
 from nomoe.synthetic import random_model
 from nomoe.verify import compare_float32, golden_cases

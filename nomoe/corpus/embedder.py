@@ -21,12 +21,19 @@ import tokenizers
 import torch
 
 from .. import pipeline
-from ..arguments import check_count, check_dim, check_length, choose_prompt
+from ..arguments import (
+    check_count,
+    check_dim,
+    check_length,
+    choose_prompt,
+    resolve_device,
+    resolve_dtype,
+)
 from ..batching import tokenize_ahead
 from ..checkpoint import CONFIG_FILE, DEFAULT_REPO, TOKENIZER_FILE, locate
 from ..config import NomicMoEConfig
 from ..engine import BATCH_TOKENS, Engine, Pooling
-from ..model import NomicMoEModel, resolve_device, resolve_dtype
+from ..model import NomicMoEModel
 from ..moe import BackendName, select_backend
 from ..quantize import Precision as EncoderPrecision
 from ..quantize import check_precision, quantize

@@ -128,7 +128,7 @@ def choose_devices(device: str | None, workers: int | None) -> list[str]:
     """
     import torch
 
-    from ..model import resolve_device
+    from ..arguments import resolve_device
 
     resolved = resolve_device(device)
     workers = None if workers is None else check_count("workers", workers)

@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..arguments import check_dim, check_length
+from ..arguments import check_dim, check_length, resolve_device, resolve_dtype
 from ..checkpoint import CONFIG_FILE, DEFAULT_REPO, TOKENIZER_FILE, locate
 from ..config import NomicMoEConfig
-from ..model import resolve_device, resolve_dtype
 from ..moe import BackendName, select_backend
 from ..repository import read_sentence_settings
 from ..tokenizer import Tokenizer
