@@ -144,6 +144,7 @@ def attention_tiles(bench: Bench, shape: AttentionShape) -> Iterator[tuple[str, 
     tiles = {configured: None}
     for kernel in ("rotating", "rotated", "varlen"):
         tiles[configured._replace(kernel=kernel)] = None
+    tiles[configured._replace(kernel="rotating", stages=1)] = None
     tiles[configs.invariant_attention(shape.itemsize)] = None
     if bench.all_tiles:
         tiles |= dict.fromkeys(configs.attention_candidates(shape))

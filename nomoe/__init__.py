@@ -69,7 +69,7 @@ def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     extra, package = _EXTRAS.get(name, ("", ""))
-    if package and find_spec(package) is None:
+    if _is_missing(name):
         raise ImportError(
             f"nomoe.{name} needs {package}, which is not installed: pip install 'nomoe[{extra}]'"
         )
@@ -77,4 +77,10 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return __all__
+    # help() and others get each of these
+    return [name for name in __all__ if not _is_missing(name)]
+
+
+def _is_missing(name: str) -> bool:
+    """Whether a name needs a package that is not installed."""
+    return name in _EXTRAS and find_spec(_EXTRAS[name][1]) is None

@@ -50,6 +50,18 @@ def check_length(value: SupportsIndex, config: NomicMoEConfig) -> int:
     return number
 
 
+def check_seed(value: SupportsIndex) -> int:
+    """Check a seed of random numbers, and give it as an int.
+
+    Raises:
+        ValueError: No whole number, or outside 0..2^32 - 1.
+    """
+    number = _whole(value)
+    if number is None or not 0 <= number < 2**32:
+        raise ValueError(f"seed is {value!r}, expected 0 to 2^32 - 1")
+    return number
+
+
 def choose_prompt(
     prompts: Mapping[str, str], default: str | None, name: str | None, prompt: str | None
 ) -> str:
@@ -89,8 +101,8 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         resolved = torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(f"device is {device!r}: {error}") from error
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"device is {device!r}, expected one device's name: {error}") from error
     if resolved.type == "cuda" and not torch.cuda.is_available():
         raise RuntimeError(f"device is {device!r}, but torch finds no CUDA device here")
     if resolved.type == "meta":

@@ -41,10 +41,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("nomoe: interrupted", file=sys.stderr)
         return 130
     # what bad input, an absent file or an unable machine raises; any other bug shows itself
-    except (ValueError, OSError, RuntimeError, ImportError) as error:
+    except (ValueError, OSError, RuntimeError, ImportError, MemoryError) as error:
         if options.traceback:
             raise
-        print(f"nomoe: error: {error}", file=sys.stderr)
+        # a MemoryError may say nothing
+        print(f"nomoe: error: {str(error) or repr(error)}", file=sys.stderr)
         return 2
     finally:
         signal.signal(signal.SIGTERM, earlier)
@@ -266,6 +267,8 @@ def _verify(options: argparse.Namespace) -> int:
     from .moe import select_backend
     from .verify import Check, table, verify_golden, verify_published, verify_reference
 
+    if options.code_revision and not options.reference:
+        raise ValueError("--code-revision is of the reference code: it goes with --reference")
     for name in ("transformers", "einops") if options.reference else ():
         if find_spec(name) is None:
             raise ImportError(f"the reference code needs {name}: pip install 'nomoe[reference]'")

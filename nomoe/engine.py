@@ -19,8 +19,9 @@ import threading
 from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any, NamedTuple, Protocol
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -51,6 +52,8 @@ MOST_RECORDINGS = 64
 BATCH_TOKENS = {"cpu": 4096, "cuda": 65_536}
 # the fewest a shortage of memory brings that down to; what still does not fit is halved when met
 _LEAST_BATCH_TOKENS = 512
+# torch gives memory back in no thread while another records, on whichever device
+_RECORDING = threading.Lock()
 # of the free memory, the share that a batch may take: the rest is for fragmentation and others
 _MEMORY_SHARE = 0.8
 
@@ -113,6 +116,7 @@ class CudaRecorder:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._pool = torch.cuda.graph_pool_handle()
+        self._alive: WeakSet[_CudaRecording] = WeakSet()
         # a pool's memory goes by stream: one for all, and they share it
         self._stream = torch.cuda.Stream(device)
         self._done = torch.cuda.Event()
@@ -135,8 +139,15 @@ class CudaRecorder:
         """As `Recorder.record`; waits for the device."""
         caller = torch.cuda.current_stream(self._device)
         graph = torch.cuda.CUDAGraph()
+        if not self._alive:
+            # torch takes no pool again that all graphs have left
+            self._pool = torch.cuda.graph_pool_handle()
         try:
-            with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
+            with (
+                _RECORDING,
+                torch.cuda.device(self._device),
+                torch.cuda.stream(self._stream),
+            ):
                 self._stream.wait_stream(caller)
                 # compiles kernels and fills caches, which may not happen while recording
                 step()
@@ -144,16 +155,28 @@ class CudaRecorder:
                 torch.cuda.synchronize()
                 torch.cuda.empty_cache()
                 with _own_cublas_workspaces():
-                    # other threads may go on allocating
-                    graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-                    try:
-                        step()
-                    finally:
-                        graph.capture_end()
+                    self._capture(graph, step)
         finally:
             # the step may be under way even where it was not recorded
             caller.wait_stream(self._stream)
-        return _CudaRecording(graph, self._device, step)
+        recording = _CudaRecording(graph, self._device, step)
+        self._alive.add(recording)
+        return recording
+
+    def _capture(self, graph: torch.cuda.CUDAGraph, step: Callable[[], None]) -> None:
+        try:
+            # other threads may go on allocating
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                step()
+            finally:
+                graph.capture_end()
+        except BaseException:
+            # a recording that CUDA has broken off leaves torch's allocator recording; one that
+            # ended as it should does not, and torch says so
+            with suppress(RuntimeError):
+                torch._C._cuda_endAllocateToPool(self._stream.device_index, self._pool)
+            raise
 
 
 @contextmanager
@@ -385,7 +408,9 @@ class Engine:
         """Give back what memory can be given back."""
         self.reset()
         if self.model.device.type == "cuda":
-            torch.cuda.empty_cache()
+            # torch refuses while somebody else's graph is recorded
+            with _RECORDING, suppress(RuntimeError):
+                torch.cuda.empty_cache()
 
     def _drop(self) -> None:
         if self._recorder is not None:

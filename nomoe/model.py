@@ -163,7 +163,7 @@ class NomicMoEModel(nn.Module):
     """
 
     # lay matrices out for inference on a CPU: their parameters read as NaN meanwhile to whoever
-    # does not ask this class for them, see `Packable`
+    # does not ask this module for them, see `Packable`
     packs_matrices: bool = True
 
     def __init__(
@@ -310,6 +310,13 @@ class NomicMoEModel(nn.Module):
             if id(parameter) in owners:
                 owners[id(parameter)].unpack()
             yield name, parameter
+
+    def get_parameter(self, target: str) -> nn.Parameter:
+        """As every module's; a parameter whose numbers are packed gets them back first."""
+        owner = self.get_submodule(target.rpartition(".")[0])
+        if isinstance(owner, Packable):
+            owner.unpack()
+        return super().get_parameter(target)
 
     @property
     def device(self) -> torch.device:

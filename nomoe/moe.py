@@ -248,8 +248,7 @@ class Packable(nn.Module):
     While they are, `packed` holds them, and their parameters keep identity, shape and dtype but no
     memory: every number in one is the same NaN. `state_dict`, `train`, `to`, `load_state_dict`,
     pickling (while no other thread embeds) and `copy.deepcopy` of the module give the parameters
-    their numbers back first. A
-    parameter that is given other numbers meanwhile keeps those.
+    their numbers back first. A parameter that is given other numbers meanwhile keeps those.
     """
 
     # names of the parameters that are packed

@@ -32,7 +32,7 @@ def cosine_pairwise(embeddings1: Any, embeddings2: Any) -> Tensor:
     """Cosine similarity of row i of the one with row i of the other.
 
     Args:
-        embeddings1: (n, d) or (d,), array or tensor, any dtype.
+        embeddings1: As for `cosine`.
         embeddings2: As many rows.
 
     Returns:

@@ -21,6 +21,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 from torch import Tensor
 
 from . import data
+from .arguments import check_seed
 from .checkpoint import (
     CONFIG_FILE,
     INDEX_FILE,
@@ -70,8 +71,7 @@ def write_checkpoint(folder: str | Path, size: Size = "tiny", seed: int = 0) -> 
     """
     if size not in ("tiny", "full"):
         raise ValueError(f"size is {size!r}, expected 'tiny' or 'full'")
-    if not 0 <= seed < 2**32:
-        raise ValueError(f"seed is {seed}, expected 0 to 2^32 - 1")
+    seed = check_seed(seed)
     values = data.real_config() | (_TINY if size == "tiny" else {})
     text_files = _text_files(values)
     folder = Path(folder)

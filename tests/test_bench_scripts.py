@@ -268,9 +268,10 @@ def test_smoke_run_of_the_kernels(bench_kernels, tmp_path):
         "pooling, 2 x 6 tokens",
     ]
     names = [row["name"] for row in cases["attention, 2 x 6 tokens"]]
-    assert names[1:4] == [
+    assert names[1:5] == [
         "nomoe rotating-16-16-4-2 (configured)",
         "nomoe rotated-16-16-4-2",
+        "nomoe rotating-16-16-4-1",
         "nomoe rotating-64-16-4-2",
     ]
     # two calls; scores and values, two operations for each pair of tokens and number

@@ -262,6 +262,17 @@ def test_an_interrupt_leaves_nothing(
     assert os.listdir(text_file.parent) == [text_file.name]
 
 
+def test_an_error_without_words_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("nomoe.cli._info", full)
+    assert run("info") == 2
+    assert capsys.readouterr().err == "nomoe: error: MemoryError()\n"
+
+
 def test_route(text_file: Path, tiny_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("route", text_file, "--model", tiny_folder) == 0
     printed = capsys.readouterr().out
@@ -339,4 +350,5 @@ def test_the_reference_code_says_what_it_needs(
 ) -> None:
     monkeypatch.setattr("nomoe.cli.find_spec", lambda one: None if one == name else find_spec(one))
     assert run("verify", "--reference") == 2
+    assert run("verify", "--code-revision", "main") == 2
     assert f"needs {name}: pip install 'nomoe[reference]'" in capsys.readouterr().err

@@ -86,7 +86,8 @@ def test_layers_the_tma_kernel_cannot_take() -> None:
 def test_the_table_overrides_the_formula(table: Path) -> None:
     measured = Plan(Tile("tma", 64, 256, 64, 4, 4), Tile("pointer", 64, 64, 64, 4, 4))
     shape = LAYER._replace(rows=4096)
-    table.write_text(json.dumps([tune.entry(H200, shape, measured, 1e-3)]))
+    choice = {"up": measured.up._asdict(), "down": measured.down._asdict()}
+    table.write_text(json.dumps([tune.record_of("layer", H200, shape, choice, 1e-3)]))
     # every number of rows of the class, and no other class, size or device
     assert configs.plan(H200, LAYER._replace(rows=2049)) == measured
     for other in (

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import sys
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import numpy as np
 import pytest
@@ -233,6 +235,56 @@ def test_a_pattern_may_hold_what_looks_like_an_option(tmp_path: Path) -> None:
     assert source.path == f"file://{tmp_path}/shardXid=3.jsonl"
     with pytest.raises(FileNotFoundError, match="a question mark of a name is %3F"):
         find_sources(f"file://{tmp_path}/q?id=3.jsonl")
+
+
+def found_by(pattern: str) -> list[str]:
+    try:
+        return sorted(unquote(one.path).removeprefix("file://") for one in find_sources(pattern))
+    except FileNotFoundError:
+        return []
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        *("[a9].txt", "[a-z].txt", "[!a].txt", "[^a].txt", "[9-0].txt", "[z-a9].txt", "[!9-0].txt"),
+        *(
+            "[]].txt",
+            "[!]].txt",
+            "[!].txt",
+            "[].txt",
+            "[a.txt",
+            "[[]a.txt",
+            "[a&&b].txt",
+            "[-a].txt",
+        ),
+        *("[.]a.txt", "[!b]a.txt", ".[a].txt", "d[/]e.txt", "*/[d]/e.txt", "**/d[!a]e.txt"),
+    ],
+)
+def test_a_class_in_a_pattern_means_what_it_means_to_glob(tmp_path: Path, pattern: str) -> None:
+    (tmp_path / "d" / "d").mkdir(parents=True)
+    names = [
+        "a",
+        "z",
+        "9",
+        "^",
+        "]",
+        "-",
+        "&",
+        "[a",
+        "[]",
+        "[!]",
+        ".a",
+        "xa",
+        "d/e",
+        "d/d/e",
+        "d-e",
+    ]
+    for name in names:
+        (tmp_path / f"{name}.txt").write_text(name)
+    wanted = sorted(glob.glob(f"{tmp_path}/{pattern}", recursive=True))
+    assert found_by(f"{tmp_path}/{pattern}") == wanted
+    assert found_by(f"file://{tmp_path}/{pattern}") == wanted
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="names are Unicode there")

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
+import re
+from collections.abc import Callable
 from decimal import Decimal
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,14 +19,16 @@ import tokenizers
 
 from nomoe import Encoder, embed_corpus
 from nomoe.corpus.embedder import WindowTokenizer, resolve_settings
+from nomoe.corpus.outputs import ParquetOutput
 from nomoe.corpus.plan import make_plan
 from nomoe.corpus.rows import read_blocks
 from nomoe.corpus.shards import ShardReader
-from nomoe.corpus.sources import find_sources
+from nomoe.corpus.sources import Source, find_sources
 from tests.corpora import make_rows, make_texts, read, vectors_of, write
 
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
+feather = pytest.importorskip("pyarrow.feather")
 
 
 @pytest.fixture
@@ -221,6 +229,77 @@ def test_broken_files_are_refused_whatever_the_policy(
     assert not list(tmp_path.glob("*out.jsonl*"))
 
 
+def test_rows_that_a_file_only_promises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What some damage comes to."""
+    pq.write_table(pa.table({"text": ["some words"]}), tmp_path / "a.parquet")
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", lambda *_, **__: iter(()))
+    with pytest.raises(ValueError, match=r"a\.parquet is not a whole .*row group 0 has no rows"):
+        make_plan(find_sources(tmp_path), shard_rows=10, form="parquet")
+
+
+class FailingFile(io.FileIO):
+    """A file of which a few reads succeed."""
+
+    def __init__(self, path: str, reads: int, error: Exception) -> None:
+        super().__init__(path)
+        self._reads = reads
+        self._error = error
+
+    def readinto(self, buffer: Any) -> int | None:
+        if not self._reads:
+            raise self._error
+        self._reads -= 1
+        return super().readinto(buffer)
+
+
+@pytest.fixture(params=[0, 1, 2, 3])
+def fail(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[str, Exception], Source]:
+    """Makes a file of a suffix whose reads fail, after none, one, two or three."""
+
+    def make(suffix: str, error: Exception) -> Source:
+        path = write(tmp_path / f"in{suffix}", make_rows(300))
+        opened = partial(FailingFile, reads=request.param, error=error)
+        system = SimpleNamespace(open_input_file=opened)
+        monkeypatch.setattr("nomoe.corpus.sources._file_system", lambda uri: (system, str(path)))
+        monkeypatch.setattr("nomoe.corpus.sources._BUFFER", 1 << 12)
+        return Source(f"s3://bucket/in{suffix}", find_sources(path)[0].format, 0, 0)
+
+    return make
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".arrow", ".arrows", ".jsonl"])
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.EIO, "Input/output error"),
+        ConnectionResetError(errno.ECONNRESET, "Connection reset by peer"),
+        # pyarrow's file systems give no number
+        OSError("AWS Error NETWORK_CONNECTION"),
+    ],
+)
+def test_a_read_that_fails_is_no_damage(
+    fail: Callable[[str, Exception], Source], suffix: str, error: OSError
+) -> None:
+    source = fail(suffix, error)
+    with pytest.raises(type(error), match=error.strerror or str(error)) as found:
+        list(read_blocks(source, "text"))
+    assert found.value.errno == (error.errno or errno.EIO)
+    assert found.value.filename == source.path
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".arrow", ".arrows"])
+@pytest.mark.parametrize("error", [pa.ArrowMemoryError("malloc of size 64 failed"), MemoryError()])
+def test_lack_of_memory_is_no_damage(
+    fail: Callable[[str, Exception], Source], suffix: str, error: MemoryError
+) -> None:
+    source = fail(suffix, error)
+    message = re.escape(f"no memory to read {source.path}: {error!r}")
+    with pytest.raises(type(error), match=message):
+        list(read_blocks(source, "text"))
+
+
 def test_a_csv_cut_between_quotes_loses_its_last_row_alone(
     tmp_path: Path, shallow_model: dict[str, Any]
 ) -> None:
@@ -350,6 +429,51 @@ def test_types_that_widen_lose_nothing(
     embed_corpus(folder, tmp_path / "out", **shallow_model)
     expected = [one for values in pair for one in values.to_pylist()]
     assert read(tmp_path / "out")["n"].to_pylist() == expected
+
+
+def test_categories_of_all_files_have_room(tmp_path: Path, shallow_model: dict[str, Any]) -> None:
+    """One byte counts the categories of a file, but not those of both."""
+    (tmp_path / "in").mkdir()
+    expected = []
+    for file in "ab":
+        names = [f"{file}{index}" for index in range(100)]
+        kinds = pa.DictionaryArray.from_arrays(pa.array(range(100), pa.int8()), names)
+        table = pa.table({"text": ["some words"] * 100, "kind": kinds})
+        feather.write_feather(table, str(tmp_path / "in" / f"{file}.feather"))
+        expected += names
+    embed_corpus(tmp_path / "in", tmp_path / "out", **shallow_model)
+    found = read(tmp_path / "out")["kind"]
+    assert pa.types.is_dictionary(found.type)
+    assert found.to_pandas().tolist() == expected
+
+
+def test_columns_that_go_along_may_be_larger_than_an_array_of_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # memory that nobody touches
+    text, size = pa.py_buffer(np.zeros(700 << 20, np.uint8)), 700 << 20
+    page = pa.Array.from_buffers(pa.string(), 1, [None, pa.py_buffer(np.int32([0, size])), text])
+    part = pa.RecordBatch.from_arrays([page], ["page"])
+    output = ParquetOutput(tmp_path / "a.parquet", part.schema, 1, np.float32, {})
+    written: list[tuple[pa.Table, int]] = []
+    monkeypatch.setattr(output._writer, "write_table", lambda *given: written.append(given))
+    output.add(np.arange(4), [part] * 4, np.zeros((4, 1), np.float32))
+    output.abort()
+    [(table, rows)] = written
+    assert (table.num_rows, table["page"].num_chunks) == (4, 4)
+    assert rows == 1, "a group holds as little as it can of what is over the bound"
+
+
+def test_row_groups_are_bounded(tmp_path: Path) -> None:
+    along = pa.schema([])
+    output = ParquetOutput(tmp_path / "a.parquet", along, 1, np.float32, {})
+    part = pa.RecordBatch.from_arrays([], schema=along)
+    output.add(np.arange(20_000), [part], np.zeros((20_000, 1), np.float32))
+    output.add(np.arange(20_000, 20_010), [part], np.zeros((10, 1), np.float32))
+    output.commit()
+    groups = pq.read_metadata(tmp_path / "a.parquet")
+    sizes = [groups.row_group(index).num_rows for index in range(groups.num_row_groups)]
+    assert sizes == [6667, 6667, 6666, 10]
 
 
 def test_numbers_of_json_widen_where_they_lose_nothing(

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from nomoe import Encoder, NomicMoEModel, engine
-from nomoe.engine import Bucket, Engine, Pooling
+from nomoe.engine import Bucket, CudaRecorder, Engine, Pooling
 
 pytestmark = pytest.mark.gpu
 
@@ -230,6 +230,38 @@ def test_recordings_outlive_workspaces_that_others_drop(model: NomicMoEModel) ->
     theirs = [torch.zeros(1 << 20, dtype=torch.uint8, device="cuda") for _ in range(512)]
     assert torch.equal(runner.embed(ids, lengths, POOLING, to_host=True)(), expected)
     assert not any(one.any() for one in theirs)
+
+
+@pytest.mark.parametrize("broken_off", [False, True])
+def test_a_recording_that_fails_leaves_no_trace(broken_off: bool) -> None:
+    recorder = CudaRecorder(torch.device("cuda", torch.cuda.current_device()))
+    x = torch.zeros(8, device="cuda")
+
+    def fails() -> None:
+        x.add_(torch.ones_like(x))
+        if torch.cuda.is_current_stream_capturing():
+            if broken_off:
+                # which no graph can hold, and CUDA ends the recording
+                torch.cuda.synchronize()
+            raise RuntimeError("no")
+
+    def adds() -> None:
+        x.add_(torch.ones_like(x))
+
+    for attempt in range(1, 4):
+        with pytest.raises(RuntimeError):
+            recorder.record(fails)
+        # which torch refuses where it takes a recording to be under way
+        torch.cuda.empty_cache()
+        recording = recorder.record(adds)
+        with recorder.turn():
+            recording.replay()
+        # both steps ran once before they were recorded
+        assert x.tolist() == [3.0 * attempt] * 8
+        if attempt == 2:
+            # its pool is left by all, and by none in the other turns
+            recording.release()
+            del recording
 
 
 def test_changed_weights_are_not_replayed(full_width: NomicMoEModel) -> None:

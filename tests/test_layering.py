@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import subprocess
 import sys
 from pathlib import Path
@@ -154,6 +155,10 @@ def test_what_is_not_installed_is_named(
     message = rf"nomoe\.{name} needs {package}, .*pip install 'nomoe\[{extra}\]'"
     with pytest.raises(ImportError, match=message):
         getattr(nomoe, name)
+    assert name not in dir(nomoe)
+    assert "Encoder" in dir(nomoe)
+    # which asks for every name of dir()
+    inspect.getmembers(nomoe)
     pyproject = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     assert f"\n{extra} = [" in pyproject
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import pickle
+import re
 from typing import Any
 
 import numpy as np
@@ -334,7 +335,7 @@ def test_backends(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RuntimeError, match="batch_invariant=True cannot run"):
         select_backend("torch", cpu, batch_invariant=True)
     with pytest.raises(ValueError, match="expected 'auto', 'torch' or 'triton'"):
-        select_backend("cuda", cpu)  # type: ignore[arg-type]
+        select_backend("cuda", cpu)
 
     monkeypatch.setattr(checks, "INTERPRETED", True)
     assert select_backend("triton", cpu).name == "triton"
@@ -440,8 +441,9 @@ def test_devices_and_dtypes() -> None:
     for wrong in ("int8", "float64", torch.float64):
         with pytest.raises(ValueError, match="expected one of float32, float16, bfloat16"):
             resolve_dtype(wrong, cpu)
-    with pytest.raises(ValueError, match="device is 'gpu'"):
-        resolve_device("gpu")
+    for wrong in ("gpu", ["cpu", "cpu"]):
+        with pytest.raises(ValueError, match=f"device is {re.escape(repr(wrong))}"):
+            resolve_device(wrong)
     if not torch.cuda.is_available():
         assert resolve_device(None) == cpu
         with pytest.raises(RuntimeError, match="no CUDA device"):

@@ -51,6 +51,17 @@ def test_state_dict_is_the_checkpoints(model: NomicMoEModel, checkpoint: dict[st
     assert isinstance(model.state_dict(keep_vars=True)["emb_ln.weight"], nn.Parameter)
 
 
+def test_a_parameter_asked_for_by_name_has_its_numbers(
+    model: NomicMoEModel, checkpoint: dict[str, Tensor]
+) -> None:
+    for name in ("encoder.layers.1.mlp.experts.mlp.w1", "encoder.layers.0.attn.Wqkv.weight"):
+        embed(model)
+        assert torch.equal(model.get_parameter(name), checkpoint[name])
+    assert torch.equal(model.get_parameter("emb_ln.weight"), checkpoint["emb_ln.weight"])
+    with pytest.raises(AttributeError):
+        model.get_parameter("encoder.layers.0.attn.nothing")
+
+
 def test_originals_are_freed(model: NomicMoEModel) -> None:
     weight = model.encoder.layers[1].mlp.experts.mlp.w1
     assert weight.shape == (8 * 192, 96)

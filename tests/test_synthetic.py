@@ -79,8 +79,9 @@ def test_refusals(tiny_folder: Path, tmp_path: Path) -> None:
         synthetic.write_checkpoint(tiny_folder)
     with pytest.raises(ValueError, match="expected 'tiny' or 'full'"):
         synthetic.write_checkpoint(tmp_path, size="huge")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="seed is -1"):
-        synthetic.write_checkpoint(tmp_path, seed=-1)
+    for seed in (-1, 1.5):
+        with pytest.raises(ValueError, match=f"seed is {seed}"):
+            synthetic.write_checkpoint(tmp_path, seed=seed)
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "config.json").write_text("mine")
     with pytest.raises(FileExistsError, match=r"already holds a checkpoint: config\.json"):

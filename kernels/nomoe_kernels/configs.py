@@ -19,6 +19,8 @@ import torch
 # Rows up to which the weights' bytes, not the arithmetic, bound a product so far that the kernel
 # which finds its rows by itself, one launch less, should win.
 SMALL_ROWS = 256
+# and those up to which it is worth a trial
+MOST_SMALL_ROWS = 2048
 
 # the same for a product with one matrix
 DENSE_SMALL_ROWS = 64
@@ -344,6 +346,8 @@ def small_candidates(device: Device, itemsize: int, *, splits: tuple[int, ...]) 
 def dense_candidates(device: Device, shape: DenseShape) -> Iterator[Tile]:
     """The tiles for a product with one matrix that are worth measuring, beside the library."""
     yield from candidates(device, shape.itemsize, 1, shape.inner)
+    if shape.rows > MOST_SMALL_ROWS:
+        return
     for block_m, block_n, block_k in itertools.product((16, 32, 64), (16, 32, 64), (64, 128)):
         tile = Tile("small", block_m, block_n, block_k, 4, 4)
         if tile.shared_memory(shape.itemsize) <= device.shared_memory:
@@ -359,7 +363,12 @@ def attention_candidates(shape: AttentionShape) -> Iterator[AttentionTile]:
     ):
         # three passes of tf32 leave registers for less
         if shape.itemsize == 2 or block_m * block_n <= 64 * 32:
-            yield AttentionTile(kernel, block_m, block_n, 8 if block_m == 128 else 4, 2)
+            tile = AttentionTile(kernel, block_m, block_n, 8 if block_m == 128 else 4, 2)
+            yield tile
+            if kernel == "rotating":
+                # keys that were rotated while others are fetched have Hopper's products wait for
+                # each other; without, they do not
+                yield tile._replace(stages=1)
     if shape.itemsize == 2:
         yield formula._replace(kernel="varlen")
 

@@ -37,8 +37,6 @@ from .configs import AttentionShape, AttentionTile, DenseShape, Device, Plan, Sh
 # what no L2 cache holds: five layers of 75 MB each, or of smaller matrices as many bytes
 LAYERS = 5
 COLD_BYTES = 256 << 20
-# rows up to which the kernel for few rows is tried
-SMALL_ROWS = 2048
 SPLITS = (1, 2, 4, 8)
 # largest difference from plain torch, of its largest value
 TOLERANCE = {4: 1e-5, 2: 2e-2}
@@ -169,7 +167,7 @@ def rounds(device: Device, shape: Shape) -> Iterator[Callable[[Plan], list[Plan]
     start = configs.formula(device, shape._replace(rows=max(R, configs.SMALL_ROWS + 1)))
     yield lambda best: [Plan(tile, start.down) for tile in up]
     yield lambda best: [Plan(best.up, tile) for tile in down]
-    if R <= SMALL_ROWS:
+    if R <= configs.MOST_SMALL_ROWS:
         small_up = list(configs.small_candidates(device, item, splits=(1,)))
         small_down = list(configs.small_candidates(device, item, splits=SPLITS))
         middle = Tile("small", 16 if R <= 16 * E else 32, 64, 64, 4, 4, 4)
@@ -313,12 +311,6 @@ def tune_attention(
 def unturned(packing: fused.Packing) -> fused.Packing:
     """The same with angles of 0: a rotation reads as much, and changes nothing."""
     return packing._replace(cos=torch.ones_like(packing.cos), sin=torch.zeros_like(packing.sin))
-
-
-def entry(device: Device, shape: Shape, tiles: Plan, seconds: float) -> dict[str, Any]:
-    """A layer's record of tuned.json."""
-    choice = {"up": tiles.up._asdict(), "down": tiles.down._asdict()}
-    return record_of("layer", device, shape, choice, seconds)
 
 
 def record_of(

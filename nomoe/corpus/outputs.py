@@ -20,7 +20,7 @@ from .rows import Columns, as_dicts
 if TYPE_CHECKING:
     import pyarrow as pa
 
-# a group of rows is written once it is this large, which bounds memory
+# rows are written once they are so many or so many bytes, which bounds memory, in groups of no more
 _GROUP_ROWS = 8192
 _GROUP_BYTES = 32 << 20
 
@@ -127,7 +127,7 @@ class ParquetOutput(_File):
         self._clear()
 
     def _clear(self) -> None:
-        self._parts: list[pa.RecordBatch] = []
+        self._parts: list[pa.Table] = []
         self._rows = self._bytes = 0
 
     def add(self, rows: Rows, columns: Sequence[Columns], vectors: Vectors) -> None:
@@ -135,19 +135,19 @@ class ParquetOutput(_File):
         import pyarrow as pa
 
         along = [as_arrays(part, self._columns) for part in columns]
-        arrays = [pa.concat_arrays(parts) for parts in zip(*along, strict=True)]
         flat = pa.array(np.ascontiguousarray(vectors).reshape(-1))
-        batch = pa.RecordBatch.from_arrays(
+        # in chunks: one array of text holds 2 GiB, and one of categories only so many of them
+        table = pa.Table.from_arrays(
             [
                 pa.array(rows),
-                *arrays,
+                *(pa.chunked_array(parts) for parts in zip(*along, strict=True)),
                 pa.FixedSizeListArray.from_arrays(flat, type=self._vectors),
             ],
             schema=self._schema,
         )
-        self._parts.append(batch)
+        self._parts.append(table)
         self._rows += len(rows)
-        self._bytes += batch.nbytes
+        self._bytes += table.nbytes
         if self._rows >= _GROUP_ROWS or self._bytes >= _GROUP_BYTES:
             self._write()
 
@@ -155,8 +155,9 @@ class ParquetOutput(_File):
         import pyarrow as pa
 
         if self._parts:
+            groups = max(-(-self._rows // _GROUP_ROWS), -(-self._bytes // _GROUP_BYTES))
             with _naming(self.path):
-                self._writer.write_table(pa.Table.from_batches(self._parts, self._schema))
+                self._writer.write_table(pa.concat_tables(self._parts), -(-self._rows // groups))
             self._clear()
 
     def commit(self) -> None:

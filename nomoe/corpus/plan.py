@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from .rows import START, Block, arrow_schema, good_columns, read_blocks
 from .sources import ARROW_FORMATS, Source, hash_file, require_pyarrow
-from .types import check_parquet, wider, with_floats, without_nulls
+from .types import check_parquet, wider, with_floats, with_room, without_nulls
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -137,6 +137,16 @@ class Plan:
             bad_examples=tuple(values["bad_examples"]),
             schema=schema,
         )
+
+
+def check_on_bad(on_bad: str) -> None:
+    """Refuse a word that names no way with bad rows.
+
+    Raises:
+        ValueError: It does not.
+    """
+    if on_bad not in ("fail", "skip"):
+        raise ValueError(f"on_bad is {on_bad!r}, expected 'fail' or 'skip'")
 
 
 def is_numbered(form: OutputForm, on_bad: OnBad) -> bool:
@@ -418,7 +428,7 @@ class _Types:
         names: Iterator[str] = iter(self._fields if columns is None else columns)
         # a column without a value anywhere has no type of its own
         kinds = ((name, self._fields.get(name, pa.null())) for name in names)
-        schema = pa.schema([(name, without_nulls(kind)) for name, kind in kinds])
+        schema = pa.schema([(name, with_room(without_nulls(kind))) for name, kind in kinds])
         check_parquet(schema)
         return schema
 

@@ -16,7 +16,7 @@ from ..checkpoint import DEFAULT_REPO, NEEDED_FILES, find_weights
 from ..moe import BackendName
 from ..pipeline import progress
 from .embedder import ModelSettings, Precision, WindowTokenizer, resolve_settings
-from .plan import OnBad, OutputForm, Plan, is_numbered, make_plan
+from .plan import OnBad, OutputForm, Plan, check_on_bad, is_numbered, make_plan
 from .sources import Source, find_sources, require_pyarrow, resolved, takes_in
 from .workers import choose_devices
 
@@ -148,8 +148,7 @@ def make_request(
     Raises:
         As `embed_corpus`.
     """
-    if on_bad not in ("fail", "skip"):
-        raise ValueError(f"on_bad is {on_bad!r}, expected 'fail' or 'skip'")
+    check_on_bad(on_bad)
     limit = None if limit is None else check_count("limit", limit)
     shard_rows = None if shard_rows is None else check_count("shard_rows", shard_rows)
     if isinstance(columns, str):

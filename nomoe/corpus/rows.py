@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from itertools import accumulate, chain
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, TypeAlias
 
@@ -75,6 +75,7 @@ def read_blocks(
         ValueError: The file is not what its suffix says, is broken so that rows cannot be told
             apart, or has no such column.
         OSError: It cannot be read.
+        MemoryError: A batch of its rows finds no room.
     """
     if source.format in ARROW_FORMATS:
         return _arrow_blocks(source, column, columns, place.row)
@@ -287,23 +288,31 @@ def arrow_schema(source: Source) -> pa.Schema:
 
     Raises:
         ValueError: The file is not whole.
+        OSError, MemoryError: As `read_blocks`.
     """
+    with closing(open_source(source.path)) as file, _decoding(source):
+        if source.format == "parquet":
+            return _parquet_file(file).schema_arrow
+        return _open_arrow(file).schema
+
+
+@contextmanager
+def _decoding(source: Source) -> Iterator[None]:
+    """Name the file in what pyarrow raises, and tell damage from a read that failed."""
     import pyarrow as pa
 
-    with closing(open_source(source.path)) as file:
-        try:
-            if source.format == "parquet":
-                return _parquet_file(file).schema_arrow
-            return _open_arrow(file).schema
-        except (pa.ArrowException, OSError) as error:
-            raise _not_whole(source, error) from error
-
-
-def _not_whole(source: Source, error: Exception) -> ValueError:
-    return ValueError(
-        f"{source.path} is not a whole {source.format} file (cut short, or of another format?): "
-        f"{error}"
-    )
+    try:
+        yield
+    except MemoryError as error:
+        raise type(error)(f"no memory to read {source.path}: {error!r}") from error
+    except (pa.ArrowException, OSError) as error:
+        # some damage is an OSError too, but only one of `open_source` names the file
+        if isinstance(error, OSError) and error.filename:
+            raise
+        raise ValueError(
+            f"{source.path} is not a whole {source.format} file (cut short, or of another "
+            f"format?): {error}"
+        ) from error
 
 
 def _parquet_file(file: BinaryIO) -> Any:
@@ -328,19 +337,14 @@ def _arrow_blocks(
     columns: Sequence[str] | None,
     first: int,
 ) -> Iterator[Block]:
-    import pyarrow as pa
-
     schema = arrow_schema(source)
     _check_text_column(schema, column, source.path)
     wanted = schema.names if columns is None else [name for name in schema.names if name in columns]
-    with closing(open_source(source.path)) as file:
-        read = _parquet_batches if source.format == "parquet" else _ipc_batches
-        try:
-            for batch in read(file, list(dict.fromkeys([column, *wanted])), first):
-                texts, problems = _arrow_texts(batch.column(column))
-                yield Block(texts, problems, batch.select(wanted), [])
-        except (pa.ArrowException, OSError) as error:
-            raise _not_whole(source, error) from error
+    read = _parquet_batches if source.format == "parquet" else _ipc_batches
+    with closing(open_source(source.path)) as file, _decoding(source):
+        for batch in read(file, list(dict.fromkeys([column, *wanted])), first):
+            texts, problems = _arrow_texts(batch.column(column))
+            yield Block(texts, problems, batch.select(wanted), [])
 
 
 def _check_text_column(schema: pa.Schema, column: str, path: str) -> None:
@@ -369,7 +373,9 @@ def _parquet_batches(file: BinaryIO, columns: list[str], first: int) -> Iterator
         bytes_per_row = max(1, group.total_byte_size // group.num_rows)
         size = min(_SAMPLE_ROWS, max(1, _BLOCK_BYTES // bytes_per_row))
         # a value that a group holds once may be in each of its rows
-        sample = next(parquet.iter_batches(size, **options))
+        sample = next(parquet.iter_batches(size, **options), None)
+        if sample is None:
+            raise OSError(f"row group {index} has no rows, though {group.num_rows} are promised")
         bytes_per_row = max(bytes_per_row, sample.nbytes // sample.num_rows)
         size = min(_BLOCK_ROWS, max(1, _BLOCK_BYTES // bytes_per_row))
         skip = max(0, first - (end - group.num_rows))

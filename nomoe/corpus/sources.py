@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fnmatch
 import io
 import logging
 import re
@@ -126,12 +128,43 @@ def resolved(path: str) -> str:
 
 
 def open_source(path: str) -> BinaryIO:
-    """Open a file of this machine or a URI for reading at any place."""
+    """Open a file of this machine or a URI for reading at any place.
+
+    An OSError of a read has an errno and the path as its filename, which tells it from what pyarrow
+    raises of damaged data.
+    """
     if "://" not in path:
-        return Path(path).open("rb", buffering=_BUFFER)
+        return io.BufferedReader(_NamedFile(io.FileIO(path), path), _BUFFER)
     system, inside = _file_system(path)
-    # pyarrow's files are raw files to Python but for their class
-    return io.BufferedReader(cast(Any, system.open_input_file(inside)), _BUFFER)
+    return io.BufferedReader(_NamedFile(system.open_input_file(inside), path), _BUFFER)
+
+
+class _NamedFile(io.RawIOBase):
+    """A raw file of Python or pyarrow; their own errors have no name, and pyarrow's no errno."""
+
+    def __init__(self, file: Any, path: str) -> None:
+        self._file = file
+        self._path = path
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        return int(self._file.seek(offset, whence))
+
+    def readinto(self, buffer: Any) -> int | None:
+        try:
+            return cast("int | None", self._file.readinto(buffer))
+        except OSError as error:
+            message = error.strerror or str(error)
+            raise OSError(error.errno or errno.EIO, message, self._path) from error
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
 
 
 def takes_in(given: str, path: Path) -> bool:
@@ -311,19 +344,17 @@ def _glob_pattern(text: str) -> re.Pattern[str]:
         "*": shown + r"[^/]*",
         "?": shown + r"[^/]",
     }
-    pieces = re.split(r"(\*\*/|\*\*|\*|\?|\[[^\]]+\])", text)
-    return re.compile(
-        "".join(
-            parts.get(piece)
-            or (_glob_class(piece) if piece[:1] + piece[-1:] == "[]" else re.escape(piece))
-            for piece in pieces
-        )
-    )
+    # every second piece is a wild card; the first character of a class may be "]"
+    pieces = re.split(r"(\*\*/|\*\*|\*|\?|\[(?:![^/]|[^!/])[^\]/]*\])", text)
+    pieces[::2] = map(re.escape, pieces[::2])
+    pieces[1::2] = [parts.get(one) or shown + _glob_class(one) for one in pieces[1::2]]
+    return re.compile("".join(pieces))
 
 
 def _glob_class(piece: str) -> str:
-    inside = piece[1:-1].replace("\\", "\\\\")
-    return f"[^{inside[1:]}]" if inside.startswith("!") else f"[{inside}]"
+    # "(?s:[a-c])\Z", of which the end of the text is not meant
+    translated = fnmatch.translate(piece)
+    return "(?!/)" + translated[: translated.rindex(")") + 1]
 
 
 def _is_hidden(parts: Sequence[str]) -> bool:

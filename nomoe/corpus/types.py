@@ -99,6 +99,15 @@ def without_nulls(kind: pa.DataType) -> pa.DataType:
     return _replaced(kind, pa.types.is_null, pa.string())
 
 
+def with_room(kind: pa.DataType) -> pa.DataType:
+    """Let a dictionary hold as many values as those of all files together."""
+    import pyarrow as pa
+
+    if not pa.types.is_dictionary(kind) or kind.index_type.bit_width >= 32:
+        return kind
+    return pa.dictionary(pa.int32(), kind.value_type, kind.ordered)
+
+
 def _replaced(kind: pa.DataType, is_old: Any, new: pa.DataType) -> pa.DataType:
     import pyarrow as pa
 

@@ -13,9 +13,9 @@ import numpy.typing as npt
 from ..batching import windows
 from ..checkpoint import DEFAULT_REPO
 from ..corpus.embedder import Embedder, WindowTokenizer, resolve_settings
-from ..corpus.plan import VECTOR_COLUMN, OnBad
+from ..corpus.plan import VECTOR_COLUMN, OnBad, check_on_bad
 from ..corpus.request import ModelOptions
-from ..tokenizer import Tokens
+from ..tokenizer import Tokens, check_texts
 
 logger = logging.getLogger(__name__)
 
@@ -28,12 +28,19 @@ class TokenizeBatch:
     The tokenizer is loaded with the first batch; until then an object is small, and it can be
     pickled at any time.
 
+    What acts on tokens (`device`, `dtype`, `backend`, `dim`, `precision`, `batch_tokens`) goes to
+    `EmbedBatch` alone.
+
     Args:
         model: Folder that every node sees, or a repository, which every node downloads.
         column: Where the text is.
-        on_bad: "fail" ends the run at a row without a text, "skip" drops such rows, logged with
-            their number.
-        **options: As for `EmbedBatch`.
+        on_bad: "fail" ends the run at a row without a text, or with one that is not valid Unicode,
+            "skip" drops such rows, logged with their number.
+        revision, local_files_only: As for `nomoe.embed_corpus`; give both stages the same.
+        prompt_name, prompt, max_seq_length: As for `nomoe.embed_corpus`.
+
+    Raises:
+        ValueError: An unknown `on_bad`.
     """
 
     def __init__(
@@ -42,9 +49,23 @@ class TokenizeBatch:
         *,
         column: str = "text",
         on_bad: OnBad = "fail",
-        **options: Unpack[ModelOptions],
+        revision: str | None = None,
+        prompt_name: str | None = "document",
+        prompt: str | None = None,
+        max_seq_length: int | None = None,
+        local_files_only: bool = False,
     ) -> None:
-        self._model, self._column, self._on_bad, self._options = model, column, on_bad, options
+        check_on_bad(on_bad)
+        self._model, self._column, self._on_bad = model, column, on_bad
+        self._options: ModelOptions = {
+            "revision": revision,
+            "prompt_name": prompt_name,
+            "prompt": prompt,
+            "max_seq_length": max_seq_length,
+            "local_files_only": local_files_only,
+            # token ids do not depend on where the model runs
+            "device": "cpu",
+        }
         self._tokenize: WindowTokenizer | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -57,14 +78,12 @@ class TokenizeBatch:
             The same kind, with a column "input_ids" of lists.
 
         Raises:
-            ValueError: No such column, one of the new column's name, or a row without a text under
-                "fail".
+            ValueError: No such column, one of the new column's name, or a row without a valid text
+                under "fail".
         """
         _check_free(batch, TOKENS_COLUMN)
         if self._tokenize is None:
-            # token ids do not depend on where the model runs
-            options: ModelOptions = {**self._options, "device": "cpu"}
-            self._tokenize = WindowTokenizer(resolve_settings(self._model, **options))
+            self._tokenize = WindowTokenizer(resolve_settings(self._model, **self._options))
         batch, texts = _texts(batch, self._column, self._on_bad)
         ids = [np.array(one, dtype=np.int32) for one in self._tokenize(texts).ids]
         return _with_column(batch, TOKENS_COLUMN, ids)
@@ -80,14 +99,20 @@ class EmbedBatch:
     Args:
         model: Folder that every node sees, or a repository, which every node downloads.
         column: Where the text is.
-        tokens_column: Where `TokenizeBatch` put the token ids; the column is dropped. None
+        tokens_column: Where `TokenizeBatch` put the token ids; the column is dropped. Then
+            `prompt_name`, `prompt`, `max_seq_length`, and a `column` or `on_bad` other than the
+            default are refused: they would do nothing here, and are for `TokenizeBatch`. None
             tokenises here.
         output_column: Name of the column of vectors.
-        on_bad: "fail" ends the run at a row without a text, "skip" drops such rows, logged with
-            their number.
+        on_bad: "fail" ends the run at a row without a text, or with one that is not valid Unicode,
+            "skip" drops such rows, logged with their number.
         **options: `revision`, `device`, `dtype`, `backend`, `prompt_name`, `prompt`, `dim`,
             `precision`, `max_seq_length`, `batch_tokens`, `local_files_only` as for
             `nomoe.embed_corpus`.
+
+    Raises:
+        TypeError: An option of texts beside `tokens_column`.
+        ValueError: An unknown `on_bad`.
     """
 
     def __init__(
@@ -100,6 +125,20 @@ class EmbedBatch:
         on_bad: OnBad = "fail",
         **options: Unpack[ModelOptions],
     ) -> None:
+        check_on_bad(on_bad)
+        if tokens_column is not None:
+            of_texts: list[str] = sorted(
+                options.keys() & {"prompt_name", "prompt", "max_seq_length"}
+            )
+            if column != "text":
+                of_texts.append("column")
+            if on_bad != "fail":
+                of_texts.append("on_bad")
+            if of_texts:
+                raise TypeError(
+                    f"{', '.join(of_texts)} would do nothing beside tokens_column=, where texts "
+                    "are tokens already; give such options to TokenizeBatch"
+                )
         self._model, self._column, self._on_bad, self._options = model, column, on_bad, options
         self._tokens_column, self._output_column = tokens_column, output_column
         self._embedder: Embedder | None = None
@@ -114,8 +153,8 @@ class EmbedBatch:
             The same kind with one more column: an (n, d) array, a fixed-size list, or arrays.
 
         Raises:
-            ValueError: No such column, one of the new column's name, or a row without a text under
-                "fail".
+            ValueError: No such column, one of the new column's name, or a row without a valid text
+                under "fail".
         """
         _check_free(batch, self._output_column)
         if self._embedder is None:
@@ -138,28 +177,39 @@ class EmbedBatch:
 
 
 def _texts(batch: Any, column: str, on_bad: OnBad) -> tuple[Any, list[str]]:
-    """Return a batch's rows that have a text, and the texts.
+    """Return a batch's rows that have a valid text, and the texts.
 
     Raises:
         ValueError: A row has none, and `on_bad` is "fail".
     """
     values = _column(batch, column)
-    bad = [row for row, value in enumerate(values) if not isinstance(value, str)]
-    if not bad:
+    problems = {row: found for row, value in enumerate(values) if (found := _problem(value))}
+    if not problems:
         return batch, values
     if on_bad == "fail":
-        found = type(values[bad[0]]).__name__
+        row, problem = next(iter(problems.items()))
         raise ValueError(
-            f"row {bad[0]} of a batch of {len(values)} has no text in column {column!r}: {found}; "
-            "on_bad='skip' drops such rows"
+            f"row {row} of a batch of {len(values)} has no text in column {column!r}: it {problem}"
+            "; on_bad='skip' drops such rows"
         )
-    logger.warning("%d of %d rows of a batch have no text and are dropped", len(bad), len(values))
-    kept = np.array([isinstance(value, str) for value in values], dtype=bool)
+    logger.warning(
+        "%d of %d rows of a batch have no text and are dropped", len(problems), len(values)
+    )
+    kept = np.array([row not in problems for row in range(len(values))])
     if isinstance(batch, dict):
         batch = {name: np.asarray(part)[kept] for name, part in batch.items()}
     else:
         batch = batch[kept] if hasattr(batch, "iloc") else batch.filter(kept)
-    return batch, [value for value in values if isinstance(value, str)]
+    return batch, [value for row, value in enumerate(values) if row not in problems]
+
+
+def _problem(value: Any) -> str | None:
+    """Say why a value is no text."""
+    try:
+        check_texts([value])
+    except (TypeError, ValueError) as error:
+        return str(error).removeprefix("text 0 ")
+    return None
 
 
 def _names(batch: Any) -> list[Any]:

@@ -7,11 +7,13 @@ import pickle
 import signal
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from threading import Thread
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -242,13 +244,108 @@ def test_rows_without_a_text(
         "arrow": table,
         "pandas": table.to_pandas(),
     }[kind]
-    with pytest.raises(ValueError, match="row 1 of a batch of 3 has no text in column 'text'"):
+    # pandas makes NaN of None
+    found = "float" if kind == "pandas" else "NoneType"
+    message = f"row 1 of a batch of 3 has no text in column 'text': it is {found}, expected str; on"
+    with pytest.raises(ValueError, match=message):
         nomoe.ray.EmbedBatch(shallow_folder, device="cpu")(batch)
     with pytest.raises(ValueError, match="no column 'body'; it has text, id"):
         nomoe.ray.EmbedBatch(shallow_folder, device="cpu", column="body")(batch)
     out = nomoe.ray.EmbedBatch(shallow_folder, device="cpu", on_bad="skip")(batch)
     assert list(out["id"].to_pylist() if kind == "arrow" else out["id"]) == [1, 3]
     assert "1 of 3 rows of a batch have no text and are dropped" in warnings_of_nomoe.text
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("prompt_name", "query"),
+        # what TokenizeBatch takes where nothing is said, and yet it may have been told otherwise
+        ("prompt_name", "document"),
+        ("prompt_name", None),
+        ("prompt", ""),
+        ("max_seq_length", 8),
+        ("column", "body"),
+        ("on_bad", "skip"),
+    ],
+)
+def test_ready_tokens_refuse_options_of_texts(name: str, value: Any) -> None:
+    # the name alone: there is no model
+    given: dict[str, Any] = {"model": "none", name: value}
+    with pytest.raises(TypeError, match=f"^{name} would do nothing .* TokenizeBatch"):
+        nomoe.ray.EmbedBatch(**given, tokens_column="input_ids")
+    nomoe.ray.EmbedBatch(**given)
+    nomoe.ray.TokenizeBatch(**given)
+
+
+@pytest.mark.parametrize(
+    "name", ["device", "dtype", "backend", "dim", "precision", "batch_tokens", "output_column"]
+)
+def test_tokenizing_refuses_options_of_forwards(name: str) -> None:
+    with pytest.raises(TypeError, match=f"argument '{name}'"):
+        nomoe.ray.TokenizeBatch("none", **{name: None})
+
+
+def test_an_unknown_way_with_bad_rows_is_refused() -> None:
+    for stage in (nomoe.ray.TokenizeBatch, nomoe.ray.EmbedBatch):
+        with pytest.raises(ValueError, match="on_bad is 'Fail'"):
+            stage("none", on_bad="Fail")
+
+
+def test_each_stage_acts_on_its_options(shallow_folder: Path) -> None:
+    batch = {"body": np.array(["The tide turns.", None, "a b c d e f g h"], dtype=object)}
+    checkpoint: dict[str, Any] = {
+        "model": shallow_folder,
+        "revision": None,
+        "local_files_only": True,
+    }
+    texts: dict[str, Any] = {"prompt": "tide: ", "max_seq_length": 6} | {
+        "column": "body",
+        "on_bad": "skip",
+    }
+    forwards: dict[str, Any] = {"device": "cpu", "dtype": "float32", "backend": "torch"} | {
+        "dim": 64,
+        "precision": "float16",
+        "batch_tokens": 100,
+    }
+    tokens = nomoe.ray.TokenizeBatch(**checkpoint, **texts)(batch)
+    assert [len(ids) for ids in tokens["input_ids"]] == [6, 6]
+    embed = nomoe.ray.EmbedBatch(**checkpoint, **forwards, tokens_column="input_ids")
+    whole = nomoe.ray.EmbedBatch(**checkpoint, **forwards, **texts)(batch)
+    assert np.array_equal(embed(tokens)["embedding"], whole["embedding"])
+    assert (whole["embedding"].shape, whole["embedding"].dtype) == ((2, 64), np.float16)
+
+
+@pytest.mark.parametrize("stage", ["TokenizeBatch", "EmbedBatch"])
+@pytest.mark.parametrize("kind", ["numpy", "numpy U", "pandas"])
+def test_a_lone_surrogate_is_no_text(
+    shallow_folder: Path, kind: str, stage: str, warnings_of_nomoe: pytest.LogCaptureFixture
+) -> None:
+    columns = {"text": ["a", "x\ud83d", "é"], "id": [1, 2, 3]}
+    batch: Any = {
+        "numpy": {name: np.array(values, dtype=object) for name, values in columns.items()},
+        "numpy U": {name: np.array(values) for name, values in columns.items()},
+        "pandas": pd.DataFrame({name: pd.Series(v, dtype=object) for name, v in columns.items()}),
+    }[kind]
+    device = {"device": "cpu"} if stage == "EmbedBatch" else {}
+    make = partial(getattr(nomoe.ray, stage), shallow_folder, **device)
+    message = (
+        r"row 1 of a batch of 3 has no text in column 'text': it holds a lone surrogate \(U\+D83D "
+        r"at character 1\).*; on_bad='skip' drops such rows"
+    )
+    with pytest.raises(ValueError, match=message):
+        make()(batch)
+    skip = make(on_bad="skip")
+    out = skip(batch)
+    assert list(out["id"]) == [1, 3]
+    assert list(out["text"]) == ["a", "é"]
+    assert "1 of 3 rows of a batch have no text and are dropped" in warnings_of_nomoe.text
+    # those that stay are what they would be by themselves
+    name = "embedding" if stage == "EmbedBatch" else "input_ids"
+    for one, other in zip(out[name], skip({"text": np.array(["a", "é"])})[name], strict=True):
+        assert np.array_equal(one, other)
+    none = skip({"text": np.array(["\udfff"], dtype=object)})
+    assert [len(none[one]) for one in ("text", name)] == [0, 0]
 
 
 @pytest.mark.slow
