@@ -226,10 +226,10 @@ def main(arguments: list[str] | None = None) -> int:
     )
     for title, make in tqdm(cases.items(), unit=" cases", disable=None):
         with run.attempt(title):
-            case = make(title)
-            run.measure(case, repeats=args.corpus_repeats if title == of_corpus else args.repeats)
-            # it holds a graph
-            del case
+            # by no name, since it holds a graph
+            run.measure(
+                make(title), repeats=args.corpus_repeats if title == of_corpus else args.repeats
+            )
     with run.attempt("peak memory"):
         settings["peak memory at 65,536 tokens"] = peak_memory(runner, pooling, 65_536)
     return run.finish()

@@ -191,7 +191,7 @@ def dense_works(bench: Bench, tokens: int) -> Iterator[tuple[Work, list[Any]]]:
         x_TI = bench.normal(tokens, inner)
         # a forward reads each matrix once, and no cache has it before
         cold = bench_moe.COLD_BYTES // (inner * outer * x_TI.itemsize)
-        calls = max(LAYERS, cold if bench.device.type == "cuda" else 0)
+        calls = max(LAYERS, 1 + cold if bench.device.type == "cuda" else 0)
         weights = bench.for_each_call(outer, inner, scale=inner**-0.5, calls=calls)
         layers = list(map(DenseLayer, weights, bench.for_each_call(outer, calls=calls)))
         runs = {"torch": lambda one, x=x_TI, gelu=gelu: reference.linear(x, *one, gelu=gelu)}
@@ -217,7 +217,7 @@ def dense_works(bench: Bench, tokens: int) -> Iterator[tuple[Work, list[Any]]]:
                         2 * tokens * inner * outer,
                         moved,
                     ),
-                    copy_ceiling(moved, bench.device),
+                    copy_ceiling(moved, bench.device, calls),
                 ],
             ),
             layers,
@@ -428,7 +428,6 @@ def main(arguments: list[str] | None = None) -> int:
             "device": str(device),
             "repeats": args.repeats,
             "warm-up": harness.WARM_UP,
-            "calls in a run": f"{LAYERS}, of dense products as many as read 256 MiB of weights",
             "CUDA graphs": device.type == "cuda",
         },
         not_run=not_run,
@@ -439,9 +438,10 @@ def main(arguments: list[str] | None = None) -> int:
             with run.attempt(kind):
                 for work, layers in works(bench, kind, tokens, texts):
                     with run.attempt(work.title):
-                        case = bench_moe.build_case(work, layers, args.dtype, device)
-                        run.measure(case, calls=len(layers))
-                        del case
+                        run.measure(
+                            bench_moe.build_case(work, layers, args.dtype, device),
+                            calls=len(layers),
+                        )
                     # before the next ones are drawn
                     del work, layers
     return run.finish()

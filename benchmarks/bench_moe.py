@@ -452,9 +452,12 @@ def products_ceiling(layer: Layer, rows: int, *, up: bool, down: bool) -> Ceilin
     return Ceiling(name, run, flop=matrices * 2 * rows * D * F_, bytes=moved)
 
 
-def copy_ceiling(moved: int, device: torch.device) -> Ceiling:
-    """A copy that reads and writes as many bytes together, of memory that no cache holds."""
-    turns = 1 + COLD_BYTES // moved if device.type == "cuda" else LAYERS
+def copy_ceiling(moved: int, device: torch.device, calls: int = LAYERS) -> Ceiling:
+    """A copy that reads and writes as many bytes together, in each call of a run other memory.
+
+    Where a few calls' memory is more than any cache holds, the next ones have the same again.
+    """
+    turns = min(calls, 1 + COLD_BYTES // moved)
     memory = torch.zeros(2, turns, max(moved // 2, 1), dtype=torch.uint8, device=device)
     turn = itertools.cycle(range(turns))
 

@@ -134,6 +134,14 @@ def build_case(point: Point, dtype: str, device: torch.device) -> tuple[Case, fl
     return Case(title, sum(lengths), contenders, expected_BD, peers.PaddedLoop.name), x
 
 
+def measure_point(
+    run: script.Run, point: Point, dtype: str, device: torch.device, warm_up: int
+) -> None:
+    """Build a point's case, which holds its models, measure it, and let go of it."""
+    case, x = build_case(point, dtype, device)
+    run.measure(case, warm_up=warm_up, sweep=point.sweep, x=x)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the benchmark; return the exit status."""
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -169,10 +177,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     for point in tqdm(every, unit=" sizes", disable=None):
         with run.attempt(f"{point.sweep} {point.x or point.unevenness:.3g}"):
-            case, x = build_case(point, args.dtype, device)
-            run.measure(case, warm_up=warm_up, sweep=point.sweep, x=x)
-            # it holds its models
-            del case
+            measure_point(run, point, args.dtype, device, warm_up)
     return run.finish()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import itertools
 import json
 import os
@@ -60,6 +59,7 @@ def command_line(arguments: Sequence[str]) -> str:
 
 def make_record(
     benchmark: str,
+    date: str,
     cases: Sequence[Mapping[str, Any]],
     *,
     command: str,
@@ -73,6 +73,7 @@ def make_record(
 
     Args:
         benchmark: Its name.
+        date: When it began.
         cases: What `case_record` returned for each.
         command: What `command_line` returns.
         machine: What `machine_line` returned before the run.
@@ -83,7 +84,7 @@ def make_record(
     """
     return {
         "benchmark": benchmark,
-        "date": datetime.date.today().isoformat(),
+        "date": date,
         "command": command,
         "machine": machine,
         "settings": dict(settings),
@@ -172,7 +173,8 @@ def render(record: Mapping[str, Any]) -> str:
                     f"{row['deviation']['cosine_distance']:.1e}" if "deviation" in row else "",
                 ]
             )
-        lines += ["", f"## {case['title']}", "", *table(cells)]
+        calls = f", {case['calls']} calls in a run" if "calls" in case else ""
+        lines += ["", f"## {case['title']}{calls}", "", *table(cells)]
     return "\n".join(lines) + "\n"
 
 
@@ -192,13 +194,13 @@ def heading(record: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def result_paths(folder: Path, stem: str) -> tuple[Path, Path]:
+def result_paths(folder: Path, date: str, stem: str) -> tuple[Path, Path]:
     """Where a record goes, `folder/DATE-stem.json`, and its text, `.md`.
 
     A number is added to the name where there are such files already: a result is never replaced.
     """
     for count in itertools.count(1):
-        name = f"{datetime.date.today()}-{stem}" + (f"-{count}" if count > 1 else "")
+        name = f"{date}-{stem}" + (f"-{count}" if count > 1 else "")
         paths = folder / f"{name}.json", folder / f"{name}.md"
         if not any(path.exists() for path in paths):
             return paths

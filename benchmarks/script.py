@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import datetime
 import sys
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
@@ -88,26 +89,33 @@ class Run:
     """
 
     def __init__(self, args: argparse.Namespace, stem: str, **about: Any) -> None:
-        self._args, self._stem, self._about = args, stem, about
+        self._args, self._stem = args, stem
+        self._about = {"date": datetime.date.today().isoformat(), **about}
         self._cases: list[dict[str, Any]] = []
         self._left_out: dict[str, str] = {}
         self._paths: tuple[Path, Path] | None = None
 
     @contextmanager
     def attempt(self, title: str) -> Iterator[None]:
-        """Leave a case out whose outputs disagree, or that fails otherwise; say so, and go on."""
+        """Leave a case out whose outputs disagree, or that fails otherwise; say so, and go on.
+
+        Writes what is known so far.
+
+        Raises:
+            OSError: It cannot be written.
+        """
+        why = None
         try:
             yield
         except harness.DisagreementError as error:
-            self._leave_out(title, disagreement(error))
+            why = disagreement(error)
         # whatever it is, the next case may do without it
         except Exception as error:
             tqdm.write(traceback.format_exc(), file=sys.stderr)
-            self._leave_out(title, f"{title} failed: {type(error).__name__}: {error}")
-
-    def _leave_out(self, title: str, why: str) -> None:
-        tqdm.write(why, file=sys.stderr)
-        self._left_out[title] = why
+            why = f"{title} failed: {type(error).__name__}: {error}"
+        if why is not None:
+            tqdm.write(why, file=sys.stderr)
+            self._left_out[title] = why
         self._write(complete=False)
 
     def measure(
@@ -119,7 +127,7 @@ class Run:
         bar: tqdm[Any] | None = None,
         **more: Any,
     ) -> None:
-        """Time a case's contenders, and write what is known so far.
+        """Time a case's contenders, within an `attempt`.
 
         Args:
             case: The work.
@@ -139,7 +147,6 @@ class Run:
             bar=bar,
         )
         self._cases.append(report.case_record(case, measured) | more)
-        self._write(complete=False)
 
     def finish(self) -> int:
         """Print the record and write it; return the exit status, 1 if a case was left out."""
@@ -153,7 +160,7 @@ class Run:
             cases=self._cases, left_out=self._left_out, complete=complete, **self._about
         )
         if self._paths is None:
-            self._paths = _paths(self._args, self._stem)
+            self._paths = _paths(self._args, record["date"], self._stem)
         text = report.render(record)
         report.write_results(record, self._paths, text)
         return text
@@ -174,12 +181,12 @@ def finish(record: Mapping[str, Any], args: argparse.Namespace, stem: str, text:
         text: The record in Markdown.
     """
     print(text)
-    paths = _paths(args, stem)
+    paths = _paths(args, record["date"], stem)
     report.write_results(record, paths, text)
     for path in paths:
         print(f"wrote {path}", file=sys.stderr)
     return 0
 
 
-def _paths(args: argparse.Namespace, stem: str) -> tuple[Path, Path]:
-    return report.result_paths(args.output, stem + ("-smoke" if args.smoke else ""))
+def _paths(args: argparse.Namespace, date: str, stem: str) -> tuple[Path, Path]:
+    return report.result_paths(args.output, date, stem + ("-smoke" if args.smoke else ""))

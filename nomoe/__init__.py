@@ -9,6 +9,7 @@ Importing this package imports no torch; its names are loaded when first used.
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
@@ -83,4 +84,6 @@ def __dir__() -> list[str]:
 
 def _is_missing(name: str) -> bool:
     """Whether a name needs a package that is not installed."""
-    return name in _EXTRAS and find_spec(_EXTRAS[name][1]) is None
+    package = _EXTRAS[name][1] if name in _EXTRAS else ""
+    # what is loaded need not have a spec
+    return bool(package) and sys.modules.get(package) is None and find_spec(package) is None

@@ -176,6 +176,7 @@ class CudaRecorder:
             # ended as it should does not, and torch says so
             with suppress(RuntimeError):
                 torch._C._cuda_endAllocateToPool(self._stream.device_index, self._pool)
+                torch._C._cuda_releasePool(self._stream.device_index, self._pool)
             raise
 
 

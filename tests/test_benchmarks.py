@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import datetime
 import gc
 import importlib
 import itertools
@@ -175,7 +174,8 @@ def test_derived_figures():
     case = Case("some", 300, [fast.contender, slow.contender], torch.ones(1), "slow")
     record = report.make_record(
         "bench",
-        [report.case_record(case, [fast, slow])],
+        "2026-01-02",
+        [report.case_record(case, [fast, slow]) | {"calls": 7}],
         command="python it",
         machine="this one",
         settings={},
@@ -199,6 +199,7 @@ def test_derived_figures():
     assert "Not run: other: not installed." in text
     assert "**Left out**: another failed: ValueError: no.\n" in text
     assert "**Unfinished**" in text
+    assert "\n## some, 7 calls in a run\n" in text
 
 
 def test_share_of_the_slowest_ceiling():
@@ -211,6 +212,7 @@ def test_share_of_the_slowest_ceiling():
     ]
     record = report.make_record(
         "it",
+        "2026-01-02",
         [report.case_record(case, results)],
         command="",
         machine="",
@@ -279,11 +281,11 @@ def test_a_replay_keeps_what_its_run_reads(monkeypatch):
 
 
 def test_results_are_never_replaced(tmp_path):
-    date = datetime.date.today()
-    first = report.result_paths(tmp_path / "new", "b-cpu")
-    report.write_results({"date": str(date)}, first, "text")
+    date = "2026-01-02"
+    first = report.result_paths(tmp_path / "new", date, "b-cpu")
+    report.write_results({}, first, "text")
     before = [path.read_bytes() for path in first]
-    second = report.result_paths(tmp_path / "new", "b-cpu")
+    second = report.result_paths(tmp_path / "new", date, "b-cpu")
     report.write_results({}, second, "other text")
     assert [path.name for path in first] == [f"{date}-b-cpu.json", f"{date}-b-cpu.md"]
     assert [path.name for path in second] == [f"{date}-b-cpu-2.json", f"{date}-b-cpu-2.md"]
@@ -337,6 +339,21 @@ def test_a_case_that_disagrees_or_fails_is_left_out(script, tmp_path, capsys):
     assert list(record["left_out"]) == ["case 1", "case 2"]
     assert record["complete"] is True
     assert run_cases(script, tmp_path / "other", right) == 0
+
+
+def test_a_disk_that_is_full_ends_a_run(script, tmp_path, monkeypatch):
+    write, written = script.report.write_results, []
+
+    def fill(*given):
+        if len(written) == 1:
+            raise OSError("full")
+        written.append(write(*given))
+
+    monkeypatch.setattr(script.report, "write_results", fill)
+    with pytest.raises(OSError, match="full"):
+        run_cases(script, tmp_path, right, right, right)
+    record = json.loads(next(tmp_path.glob("*.json")).read_text())
+    assert [case["title"] for case in record["cases"]] == ["case 0"]
 
 
 def test_what_ends_a_run_early_leaves_what_was_measured(script, tmp_path):

@@ -233,7 +233,7 @@ def test_recordings_outlive_workspaces_that_others_drop(model: NomicMoEModel) ->
 
 
 @pytest.mark.parametrize("broken_off", [False, True])
-def test_a_recording_that_fails_leaves_no_trace(broken_off: bool) -> None:
+def test_a_recording_that_fails_is_not_the_last(broken_off: bool) -> None:
     recorder = CudaRecorder(torch.device("cuda", torch.cuda.current_device()))
     x = torch.zeros(8, device="cuda")
 

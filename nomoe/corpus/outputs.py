@@ -20,7 +20,8 @@ from .rows import Columns, as_dicts
 if TYPE_CHECKING:
     import pyarrow as pa
 
-# rows are written once they are so many or so many bytes, which bounds memory, in groups of no more
+# rows are written once they are so many or so many bytes, which bounds memory, in groups as long as
+# each other, of no more rows and some as many bytes
 _GROUP_ROWS = 8192
 _GROUP_BYTES = 32 << 20
 
@@ -147,7 +148,7 @@ class ParquetOutput(_File):
         )
         self._parts.append(table)
         self._rows += len(rows)
-        self._bytes += table.nbytes
+        self._bytes += sum(map(_bytes_of, table.columns))
         if self._rows >= _GROUP_ROWS or self._bytes >= _GROUP_BYTES:
             self._write()
 
@@ -172,6 +173,15 @@ class ParquetOutput(_File):
         # pyarrow would write a footer when the writer is collected, into a file that is closed
         self._writer.is_open = False
         super().abort()
+
+
+def _bytes_of(column: pa.ChunkedArray) -> int:
+    """Bytes of a column, without the categories, which parts may share."""
+    import pyarrow as pa
+
+    if pa.types.is_dictionary(column.type):
+        return sum(part.indices.nbytes for part in column.chunks)
+    return int(column.nbytes)
 
 
 class NpyOutput(_File):

@@ -304,7 +304,10 @@ def _decoding(source: Source) -> Iterator[None]:
     try:
         yield
     except MemoryError as error:
-        raise type(error)(f"no memory to read {source.path}: {error!r}") from error
+        # damage may promise sizes that no machine has
+        raise type(error)(
+            f"no memory to read {source.path}, unless it is damaged: {error!r}"
+        ) from error
     except (pa.ArrowException, OSError) as error:
         # some damage is an OSError too, but only one of `open_source` names the file
         if isinstance(error, OSError) and error.filename:
@@ -343,7 +346,7 @@ def _arrow_blocks(
     read = _parquet_batches if source.format == "parquet" else _ipc_batches
     with closing(open_source(source.path)) as file, _decoding(source):
         for batch in read(file, list(dict.fromkeys([column, *wanted])), first):
-            texts, problems = _arrow_texts(batch.column(column))
+            texts, problems = arrow_texts(batch.column(column))
             yield Block(texts, problems, batch.select(wanted), [])
 
 
@@ -403,7 +406,8 @@ def _ipc_batches(file: BinaryIO, columns: list[str], first: int) -> Iterator[pa.
                 yield rest.slice(start, min(size, _BLOCK_ROWS))
 
 
-def _arrow_texts(array: Any) -> tuple[list[str | None], dict[int, str]]:
+def arrow_texts(array: Any) -> tuple[list[str | None], dict[int, str]]:
+    """Texts of a column of Arrow's, None where there is none, and why, by row."""
     try:
         texts = array.to_pylist()
     except UnicodeDecodeError:

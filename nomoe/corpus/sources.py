@@ -8,7 +8,7 @@ import io
 import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
 from urllib.parse import quote, unquote
@@ -152,15 +152,24 @@ class _NamedFile(io.RawIOBase):
     def seekable(self) -> bool:
         return True
 
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        return int(self._file.seek(offset, whence))
-
-    def readinto(self, buffer: Any) -> int | None:
+    @contextmanager
+    def _naming(self) -> Iterator[None]:
         try:
-            return cast("int | None", self._file.readinto(buffer))
+            yield
         except OSError as error:
             message = error.strerror or str(error)
             raise OSError(error.errno or errno.EIO, message, self._path) from error
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        # the size may have to be asked of a network; any other place that is wrong is damage
+        if whence != io.SEEK_END:
+            return int(self._file.seek(offset, whence))
+        with self._naming():
+            return int(self._file.seek(offset, whence))
+
+    def readinto(self, buffer: Any) -> int | None:
+        with self._naming():
+            return cast("int | None", self._file.readinto(buffer))
 
     def close(self) -> None:
         self._file.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -89,31 +90,37 @@ def with_floats(kind: pa.DataType) -> pa.DataType:
     """Replace int64, wherever it is in a type, by float64."""
     import pyarrow as pa
 
-    return _replaced(kind, pa.types.is_int64, pa.float64())
+    return _replaced(kind, pa.types.is_int64, lambda _: pa.float64())
 
 
 def without_nulls(kind: pa.DataType) -> pa.DataType:
     """Replace "null", wherever it is in a type, by text: readers of Parquet stumble over it."""
     import pyarrow as pa
 
-    return _replaced(kind, pa.types.is_null, pa.string())
+    return _replaced(kind, pa.types.is_null, lambda _: pa.string())
 
 
 def with_room(kind: pa.DataType) -> pa.DataType:
-    """Let a dictionary hold as many values as those of all files together."""
+    """Let dictionaries, wherever they are in a type, hold as many values as all files together."""
     import pyarrow as pa
 
-    if not pa.types.is_dictionary(kind) or kind.index_type.bit_width >= 32:
-        return kind
-    return pa.dictionary(pa.int32(), kind.value_type, kind.ordered)
+    return _replaced(
+        kind,
+        lambda one: pa.types.is_dictionary(one) and one.index_type.bit_width < 32,
+        lambda one: pa.dictionary(pa.int32(), one.value_type, one.ordered),
+    )
 
 
-def _replaced(kind: pa.DataType, is_old: Any, new: pa.DataType) -> pa.DataType:
+def _replaced(
+    kind: pa.DataType,
+    is_old: Callable[[pa.DataType], bool],
+    new: Callable[[pa.DataType], pa.DataType],
+) -> pa.DataType:
     import pyarrow as pa
 
     kinds = pa.types
     if is_old(kind):
-        return new
+        return new(kind)
     if kinds.is_struct(kind):
         return pa.struct([field.with_type(_replaced(field.type, is_old, new)) for field in kind])
     if kinds.is_map(kind):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any, Unpack, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +15,7 @@ from ..checkpoint import DEFAULT_REPO
 from ..corpus.embedder import Embedder, WindowTokenizer, resolve_settings
 from ..corpus.plan import VECTOR_COLUMN, OnBad, check_on_bad
 from ..corpus.request import ModelOptions
+from ..corpus.rows import arrow_texts
 from ..tokenizer import Tokens, check_texts
 
 logger = logging.getLogger(__name__)
@@ -163,6 +164,7 @@ class EmbedBatch:
         embedder = self._embedder
         if self._tokens_column is not None:
             ids = _column(batch, self._tokens_column)
+            ids = ids.to_pylist() if hasattr(ids, "to_pylist") else ids
             batch = _without_column(batch, self._tokens_column)
             parts = list(embedder.embed(_token_windows(ids, embedder.settings.batch_tokens)))
         else:
@@ -182,10 +184,17 @@ def _texts(batch: Any, column: str, on_bad: OnBad) -> tuple[Any, list[str]]:
     Raises:
         ValueError: A row has none, and `on_bad` is "fail".
     """
-    values = _column(batch, column)
-    problems = {row: found for row, value in enumerate(values) if (found := _problem(value))}
+    found = _column(batch, column)
+    values: list[Any]
+    missing: dict[int, str] = {}
+    if hasattr(found, "to_pylist"):
+        values, missing = arrow_texts(found)
+    else:
+        values = list(found)
+    problems = {row: problem for row, value in enumerate(values) if (problem := _problem(value))}
+    problems |= {row: f"is {why}" for row, why in missing.items()}
     if not problems:
-        return batch, values
+        return batch, cast("list[str]", values)
     if on_bad == "fail":
         row, problem = next(iter(problems.items()))
         raise ValueError(
@@ -223,12 +232,11 @@ def _check_free(batch: Any, name: str) -> None:
         raise ValueError(f"the batch has a column {name!r} already; rename or drop it")
 
 
-def _column(batch: Any, name: str) -> list[Any]:
+def _column(batch: Any, name: str) -> Any:
     names = _names(batch)
     if name not in names:
         raise ValueError(f"the batch has no column {name!r}; it has {', '.join(map(str, names))}")
-    column = batch[name]
-    return list(column.to_pylist() if hasattr(column, "to_pylist") else column)
+    return batch[name]
 
 
 def _without_column(batch: Any, name: str) -> Any:

@@ -245,8 +245,8 @@ def test_rows_without_a_text(
         "pandas": table.to_pandas(),
     }[kind]
     # pandas makes NaN of None
-    found = "float" if kind == "pandas" else "NoneType"
-    message = f"row 1 of a batch of 3 has no text in column 'text': it is {found}, expected str; on"
+    found = {"pandas": "float, expected str", "arrow": "null"}.get(kind, "NoneType, expected str")
+    message = f"row 1 of a batch of 3 has no text in column 'text': it is {found}; on"
     with pytest.raises(ValueError, match=message):
         nomoe.ray.EmbedBatch(shallow_folder, device="cpu")(batch)
     with pytest.raises(ValueError, match="no column 'body'; it has text, id"):
@@ -284,6 +284,16 @@ def test_ready_tokens_refuse_options_of_texts(name: str, value: Any) -> None:
 def test_tokenizing_refuses_options_of_forwards(name: str) -> None:
     with pytest.raises(TypeError, match=f"argument '{name}'"):
         nomoe.ray.TokenizeBatch("none", **{name: None})
+
+
+def test_bytes_that_are_not_utf8_are_no_text(shallow_folder: Path) -> None:
+    offsets, data = np.array([0, 1, 2, 3], np.int32), np.frombuffer(b"a\xffb", np.uint8)
+    column = pa.Array.from_buffers(pa.string(), 3, [None, *map(pa.py_buffer, (offsets, data))])
+    batch = pa.table({"text": column, "id": [1, 2, 3]})
+    with pytest.raises(ValueError, match=r"row 1 of a batch of 3 .*: it is not UTF-8"):
+        nomoe.ray.TokenizeBatch(shallow_folder)(batch)
+    out = nomoe.ray.TokenizeBatch(shallow_folder, on_bad="skip")(batch)
+    assert out["id"].to_pylist() == [1, 3]
 
 
 def test_an_unknown_way_with_bad_rows_is_refused() -> None:
