@@ -178,7 +178,7 @@ def compare(
     inputs = workload.Writer(tokenizer, SEED).inputs(scale)
     first_ids = tokenizer(next(iter(inputs.values())), MOST_TOKENS).ids
     for peer in list(from_ids):
-        # as above
+        # whatever one of them raises must not take the others' figures along
         try:
             peer(first_ids)
         except Exception as error:

@@ -335,7 +335,7 @@ def test_backends(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RuntimeError, match="batch_invariant=True cannot run"):
         select_backend("torch", cpu, batch_invariant=True)
     with pytest.raises(ValueError, match="expected 'auto', 'torch' or 'triton'"):
-        select_backend("cuda", cpu)
+        select_backend("cuda", cpu)  # type: ignore[arg-type]
 
     monkeypatch.setattr(checks, "INTERPRETED", True)
     assert select_backend("triton", cpu).name == "triton"
@@ -443,7 +443,7 @@ def test_devices_and_dtypes() -> None:
             resolve_dtype(wrong, cpu)
     for wrong in ("gpu", ["cpu", "cpu"]):
         with pytest.raises(ValueError, match=f"device is {re.escape(repr(wrong))}"):
-            resolve_device(wrong)
+            resolve_device(wrong)  # type: ignore[arg-type]
     if not torch.cuda.is_available():
         assert resolve_device(None) == cpu
         with pytest.raises(RuntimeError, match="no CUDA device"):

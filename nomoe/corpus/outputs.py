@@ -20,8 +20,8 @@ from .rows import Columns, as_dicts
 if TYPE_CHECKING:
     import pyarrow as pa
 
-# rows are written once they are so many or so many bytes, which bounds memory, in groups as long as
-# each other, of no more rows and some as many bytes
+# Rows are written once they are so many, or so many bytes, which bounds memory. A write is divided
+# into groups of equal length, each of no more rows than that, and of as many bytes on the average.
 _GROUP_ROWS = 8192
 _GROUP_BYTES = 32 << 20
 
