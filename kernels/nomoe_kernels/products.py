@@ -234,9 +234,12 @@ def tma_kernel(
         else:
             expert, start, stop = find_tile(tile // tiles_n, ends_ptr, E, BLOCK_M)
         column = (tile % tiles_n) * BLOCK_N
+        # a value of its own: to the row that a load starts at Triton 3.6 to 3.8 add 64 for the
+        # second group of warps, wherever else that value stands
+        first_row = tl.maximum(start, 0)
         acc_MN = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for k in range(0, I, BLOCK_K):
-            a_MK = rows_desc.load([start, k])
+            a_MK = rows_desc.load([first_row, k])
             if O_CONTIGUOUS:
                 b_KN = weight_desc.load([expert * I + k, column])
             else:
