@@ -226,30 +226,6 @@ def rows(plans: dict[str, Plan], dtype: torch.dtype) -> Iterator[tuple[str, floa
     )
 
 
-# What is taken from the assembly of a layer's kernels, and the tile of its products; it must show.
-SPOILED = {
-    "no wait for products": ("tma 128 x 256", r"wgmma\.wait_group[^;]*;", ""),
-    "no wait for copies": ("pointer 64 x 128", r"cp\.async\.wait_group[^;]*;", ""),
-    "no wait for tensor copies": ("tma 128 x 256", r"@!complete bra\.uni waitLoop;", ""),
-    "no bytes expected": ("tma 128 x 256", r"@\S+ mbarrier\.arrive\.expect_tx[^;]*;", ""),
-    "a phase ahead": ("specialized 128 x 256", r"(setp\.eq\.b64\s+\S+ \S+) 0;", r"\1 4;"),
-    "no barriers": ("pointer 64 x 128", r"bar\.sync[^;]*;", ""),
-    "rows beyond the last": ("pointer 64 x 128", r"@\S+ (st\.global)", r"\1"),
-}
-
-
-def spoiled(machine: Emulator, target: str, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
-    found = plans(target, dtype.itemsize)
-    for what, (tiles, pattern, replacement) in SPOILED.items():
-        machine.spoil, machine.spoiled = (pattern, replacement), 0
-        try:
-            errors = dict(layers({tiles: found[tiles]}, dtype))
-        except (KernelError, AssertionError) as refused:
-            yield {"what": what, "taken": machine.spoiled, "refused": str(refused)}
-        else:
-            yield {"what": what, "taken": machine.spoiled, "error": max(errors.values())}
-
-
 PARTS: dict[str, Callable[[dict[str, Plan], torch.dtype], Iterator[tuple[str, float]]]] = {
     "layers": layers,
     "dense": dense,
@@ -257,6 +233,35 @@ PARTS: dict[str, Callable[[dict[str, Plan], torch.dtype], Iterator[tuple[str, fl
     "attention": attention,
     "rows": rows,
 }
+
+# What is taken from the assembly of a part's kernels, and the tile of its products; it must show.
+SPOILED = {
+    "no wait for products": ("layers", "tma 128 x 256", r"wgmma\.wait_group[^;]*;", ""),
+    "no wait for copies": ("layers", "pointer 64 x 128", r"cp\.async\.wait_group[^;]*;", ""),
+    "no wait for tensor copies": ("layers", "tma 128 x 256", r"@!complete bra[^;]*;", ""),
+    "no bytes expected": (
+        "layers", "tma 128 x 256", r"@\S+ mbarrier\.arrive\.expect_tx[^;]*;", "",
+    ),
+    "a phase ahead": (
+        "layers", "specialized 128 x 256", r"(setp\.eq\.b64\s+\S+ \S+) 0;", r"\1 4;",
+    ),
+    "no barriers": ("layers", "pointer 64 x 128", r"bar\.sync[^;]*;", ""),
+    "rows beyond the last": ("layers", "pointer 64 x 128", r"@\S+ (st\.global)", r"\1"),
+    "no fence": ("attention", None, r"fence\.proxy\.async[^;]*;", ""),
+}  # fmt: skip
+
+
+def spoiled(machine: Emulator, target: str, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
+    found = plans(target, dtype.itemsize)
+    for what, (part, tiles, pattern, replacement) in SPOILED.items():
+        machine.spoil, machine.spoiled = (pattern, replacement), 0
+        try:
+            errors = dict(PARTS[part]({tiles: found[tiles]} if tiles else {}, dtype))
+        except (KernelError, AssertionError) as refused:
+            yield {"what": what, "taken": machine.spoiled, "refused": str(refused)}
+        else:
+            yield {"what": what, "taken": machine.spoiled, "error": max(errors.values())}
+
 
 if __name__ == "__main__":
     target, dtype, parts = sys.argv[1], getattr(torch, sys.argv[2]), sys.argv[3:] or list(PARTS)

@@ -5,9 +5,9 @@ What hardware leaves open is drawn at random: which warp goes on, and when async
 for it). So a barrier, a wait or a phase that is missing shows in the result, or as a deadlock.
 Shared memory starts as NaN. Every access is checked: bounds, alignment, and that a barrier exists.
 
-Not modelled: rounding within a tensor core (sums here are float32), the fences between generic and
-asynchronous accesses, limits on registers, and whatever several blocks would do at once. Sources:
-NVIDIA's PTX ISA 8.7, for the layouts of operands in shared memory CUTLASS's mma_sm90_desc.hpp.
+Not modelled: rounding within a tensor core (sums here are float32), fences but for those between a
+store and a product that reads it, limits on registers, and what several blocks would do at once.
+Sources: NVIDIA's PTX ISA 8.7; for operands in shared memory CUTLASS's mma_sm90_desc.hpp.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ SWIZZLED = {1: 128, 2: 64, 3: 32}
 SWIZZLED_MAP = {3: 128, 2: 64, 1: 32}
 # bytes of an element by a tensor map's type
 ELEMENT = {1: 2, 6: 2, 7: 4, 10: 2}
+NOBODY = -1
 # turns in a row that warps may wait in vain before all work in flight is done, then given up
 PATIENCE = 4000
 
@@ -197,6 +198,8 @@ class Block:
         self._lateness: dict[str, float] = {}
         self._size = shared
         self.shared = np.full(shared + -shared % 4, 0xFF, U8)
+        # the warp that stored a byte which products of warp groups may not read before its fence
+        self._storing = np.full(len(self.shared), NOBODY, np.int16)
         self._barriers: dict[int, Barrier] = {}
         self._maps: dict[int, dict[Any, int]] = {}
         self._published: dict[int, dict[Any, int]] = {}
@@ -267,18 +270,30 @@ class Block:
     def load_global(self, addresses: np.ndarray, size: int, threads: np.ndarray) -> np.ndarray:
         return self.memory.load(addresses, size, threads)
 
-    def store_global(self, addresses: np.ndarray, values: Any, threads: np.ndarray) -> None:
+    def store_global(
+        self, warp: Warp, addresses: np.ndarray, values: Any, threads: np.ndarray
+    ) -> None:
         self.memory.store(addresses, np.concatenate(values, axis=1), threads)
 
     def load_shared(self, addresses: np.ndarray, size: int, threads: np.ndarray) -> np.ndarray:
         self._check(addresses[threads], size)
         return self.shared[np.where(threads, addresses, 0)[:, None] + np.arange(size)]
 
-    def store_shared(self, addresses: np.ndarray, values: Any, threads: np.ndarray) -> None:
+    def store_shared(
+        self, warp: Warp, addresses: np.ndarray, values: Any, threads: np.ndarray
+    ) -> None:
         joined = np.concatenate(values, axis=1)
-        self._check(addresses[threads], joined.shape[1])
-        at = addresses[threads][:, None] + np.arange(joined.shape[1])
-        self.shared[at] = joined[threads]
+        at = addresses[threads]
+        self._check(at, joined.shape[1])
+        self._write(at[:, None] + np.arange(joined.shape[1]), joined[threads], warp.number)
+
+    def _write(self, at: np.ndarray, octets: np.ndarray, storing: int = NOBODY) -> None:
+        self.shared[at] = octets
+        self._storing[at] = storing
+
+    def fence(self, warp: Warp) -> None:
+        """What a warp has stored may be read by asynchronous work."""
+        self._storing[self._storing == warp.number] = NOBODY
 
     def ldmatrix(self, rows: np.ndarray, count: int, transposed: bool) -> list[np.ndarray]:
         """Tiles of 8 rows of 16 bytes, whose addresses eight threads each give."""
@@ -290,12 +305,14 @@ class Block:
             tiles.append(pair(numbers[ROW, 2 * COLUMN], numbers[ROW, 2 * COLUMN + 1]))
         return tiles
 
-    def stmatrix(self, rows: np.ndarray, values: list[np.ndarray], transposed: bool) -> None:
+    def stmatrix(
+        self, warp: Warp, rows: np.ndarray, values: list[np.ndarray], transposed: bool
+    ) -> None:
         for tile, bits in zip(rows[: 8 * len(values)].reshape(-1, 8), values, strict=True):
             self._check(tile, 16)
             numbers = octets(bits, U32).view(U16).reshape(8, 8)
             numbers = np.ascontiguousarray(numbers.T) if transposed else numbers
-            self.shared[tile[:, None] + np.arange(16)] = numbers.view(U8)
+            self._write(tile[:, None] + np.arange(16), numbers.view(U8), warp.number)
 
     def copy(
         self, warp: Warp, to: np.ndarray, of: np.ndarray, size: int, given: Any, threads: np.ndarray
@@ -304,9 +321,13 @@ class Block:
         is_read = threads & (given > 0)
         if ((given != 0) & (given != size)).any():
             raise KernelError("copies of a part")
-        warp.copies.start(
-            lambda: self.store_shared(to, [self.memory.load(of, size, is_read)], threads)
-        )
+
+        def work() -> None:
+            at, loaded = to[threads], self.memory.load(of, size, is_read)
+            self._check(at, size)
+            self._write(at[:, None] + np.arange(size), loaded[threads])
+
+        warp.copies.start(work)
 
     def describe(
         self, at: np.ndarray, field: tuple[Any, ...], value: Any, threads: np.ndarray
@@ -364,7 +385,7 @@ class Block:
                 raise KernelError("a box is wider than its swizzle")
             at = swizzle(at, SWIZZLED_MAP[mode])
         self._check(at.reshape(-1), 1)
-        self.shared[at] = box
+        self._write(at, box)
         self._barrier(told).arrive(0, -box.size)
 
     def _barrier(self, address: int) -> Barrier:
@@ -443,6 +464,8 @@ class Block:
         at = start + along % wide + along // wide * leading + across % 8 * wide
         at = swizzle(at + across // 8 * stride, wide)
         self._check(at.reshape(-1), size)
+        if (self._storing[at] != NOBODY).any():
+            raise KernelError("a product reads what was stored and not fenced")
         return numbers_of(self.shared.view(U32 if size == 4 else U16)[at // size], kind)
 
 

@@ -286,8 +286,11 @@ class Program:
     def _nothing(self, *rest: Any) -> list[str]:
         return []
 
-    # registers' numbers and the order of proxies are not modelled
-    _setmaxnreg = _fence = _nothing
+    # how many registers a warp has is not modelled
+    _setmaxnreg = _nothing
+
+    def _fence(self, opcode: str, *rest: Any) -> list[str]:
+        return ["block.fence(warp)"] if opcode.startswith("fence.proxy.async") else []
 
     def _mov(self, opcode: str, operands: list[str], *rest: Any) -> list[str]:
         (target, source), guard, kind = operands, rest[1], opcode.split(".")[1]
@@ -320,7 +323,7 @@ class Program:
         return self._store(leader, "U32(0)", None) + self._store(chosen, "LANES == 0", None)
 
     def _ld(self, opcode: str, operands: list[str], threads: str, *rest: Any) -> list[str]:
-        _, space, *_, kind = opcode.split(".")
+        _, space, *_, kind = opcode.replace("::cta", "").split(".")
         target, source = operands
         if space == "param":
             return self._store(target, f"U64(block.parameters[{source[1:-1]!r}])", None)
@@ -335,12 +338,12 @@ class Program:
         return lines
 
     def _st(self, opcode: str, operands: list[str], threads: str, *rest: Any) -> list[str]:
-        _, space, *_, kind = opcode.split(".")
+        _, space, *_, kind = opcode.replace("::cta", "").split(".")
         target, source = operands
         values = ", ".join(
             f"octets({self._source(one, kind)}, {NUMPY[kind]})" for one in vector(source)
         )
-        return [f"block.store_{space}({self._address(target)}, [{values}], {threads})"]
+        return [f"block.store_{space}(warp, {self._address(target)}, [{values}], {threads})"]
 
     def _ldmatrix(self, opcode: str, operands: list[str], *rest: Any) -> list[str]:
         targets = vector(operands[0])
@@ -352,7 +355,9 @@ class Program:
 
     def _stmatrix(self, opcode: str, operands: list[str], *rest: Any) -> list[str]:
         values = ", ".join(self._source(one, "b32") for one in vector(operands[1]))
-        return [f"block.stmatrix({self._address(operands[0])}, [{values}], {'.trans' in opcode})"]
+        return [
+            f"block.stmatrix(warp, {self._address(operands[0])}, [{values}], {'.trans' in opcode})"
+        ]
 
     def _cp(self, opcode: str, operands: list[str], threads: str, *rest: Any) -> list[str]:
         if opcode.startswith("cp.async.bulk.tensor.2d.shared"):

@@ -61,7 +61,7 @@ def test_compiled_kernels_are_right(
 
 def test_what_is_taken_from_a_kernel_shows() -> None:
     results = emulate("cuda:90", "float16", "spoiled")
-    assert len(results) == 7
+    assert len(results) == 8
     for result in results:
         assert result["taken"], result
         assert "refused" in result or result["error"] > 0.1, result
