@@ -30,8 +30,8 @@ COMPILED = [(name, "float16") for name in DEVICES] + [
     ("cuda:86", "float32"),
     ("hip:gfx942", "float32"),
 ]
-# what works on whole rows keeps each within a warp: their threads need not meet
-ROWS = ("route_kernel", "unpermute_kernel", "add_layer_norm_kernel", "embed_kernel")
+# what works on whole rows sums within a warp, or within a thread: few threads need meet
+ROWS = {f"{name}_kernel" for name in ("route", "unpermute", "add_layer_norm", "embed", "pool")}
 MOST_BARRIERS = 12
 # Bytes a thread may spill outside Hopper's products, with one store and one load to each four.
 # Triton 3.6 and 3.7 may spill none; the assembler of 3.8 gives up two values where that lets one

@@ -249,13 +249,14 @@ def attention(
 
 def pool(hidden_TD: Tensor, bounds: Tensor, out_BD: Tensor, pooling: Pooling) -> None:
     """One program a text: its whole row is needed for the norm."""
+    D = hidden_TD.shape[1]
     if len(out_BD):
         with on(hidden_TD):
-            # many loads in flight; more warps would get too few registers each, and spill
+            # many loads in flight, as far as registers go: a thread has 128 of the sums
             packed.pool_kernel[(len(out_BD),)](
-                hidden_TD, bounds, out_BD, pooling.dim, D=hidden_TD.shape[1],
+                hidden_TD, bounds, out_BD, pooling.dim, D=D,
                 NORMALIZE_BEFORE=pooling.normalize_before, NORMALIZE_AFTER=pooling.normalize_after,
-                BLOCK_T=32, PIECE=piece(hidden_TD), num_warps=8,
+                BLOCK_T=max(1, min(16, 16_384 // power_of_two(D))), BLOCK_D=power_of_two(D),
             )  # fmt: skip
 
 

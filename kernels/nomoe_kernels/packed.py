@@ -191,32 +191,28 @@ def pool_kernel(
     NORMALIZE_BEFORE: tl.constexpr,
     NORMALIZE_AFTER: tl.constexpr,
     BLOCK_T: tl.constexpr,
-    PIECE: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):
     """Mean over a text's tokens, L2 norm, the first `dim` features, L2 norm; all in float32.
 
-    Program b owns text b, whose row is held in pieces as in `routing`. The order of every sum
+    Program b owns text b. Its warps share the features, so that a sum over tokens stays within a
+    thread: through shared memory it takes longer than reading a short text. The order of every sum
     depends on the text's own length alone. A text without tokens gives NaN.
     """
-    PIECES: tl.constexpr = (D + PIECE - 1) // PIECE
     text = tl.program_id(0)
     start, stop = tl.load(bounds_ptr + text), tl.load(bounds_ptr + text + 1)
-    # more rows than there are give zeros
-    tokens_T = start + tl.arange(0, BLOCK_T)
-    total = load_pieces(hidden_ptr, tokens_T.to(tl.int64) * D, tokens_T < stop, D, PIECE)
-    for first in range(start + BLOCK_T, stop, BLOCK_T):
+    columns_D = tl.arange(0, BLOCK_D)
+    in_row_D = columns_D < D
+    total_TD = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
+    for first in range(start, stop, BLOCK_T):
         tokens_T = first + tl.arange(0, BLOCK_T)
-        rows = load_pieces(hidden_ptr, tokens_T.to(tl.int64) * D, tokens_T < stop, D, PIECE)
-        total = add_pieces(total, rows, PIECES)
-    means = ()
-    squares = 0.0
-    squares_kept = 0.0
-    for piece in tl.static_range(PIECES):
-        columns = piece * PIECE + tl.arange(0, PIECE)
-        mean = tl.sum(total[piece], axis=0) / (stop - start)
-        squares += tl.sum(mean * mean, axis=0)
-        squares_kept += tl.sum(tl.where(columns < dim, mean * mean, 0.0), axis=0)
-        means = means + (mean,)
+        offsets_TD = tokens_T.to(tl.int64)[:, None] * D + columns_D[None, :]
+        inside_TD = (tokens_T < stop)[:, None] & in_row_D[None, :]
+        total_TD += tl.load(hidden_ptr + offsets_TD, mask=inside_TD, other=0.0).to(tl.float32)
+    mean_D = tl.sum(total_TD, axis=0) / (stop - start)
+    is_kept_D = columns_D < dim
+    squares = tl.sum(mean_D * mean_D, axis=0)
+    squares_kept = tl.sum(tl.where(is_kept_D, mean_D * mean_D, 0.0), axis=0)
     scale = 1.0
     # as torch.nn.functional.normalize: a vector shorter than this is not made longer than 1
     SHORTEST: tl.constexpr = 1e-12
@@ -227,6 +223,4 @@ def pool_kernel(
     if NORMALIZE_AFTER:
         scale /= tl.maximum(tl.sqrt(squares_kept), SHORTEST)
     out_ptr += text.to(tl.int64) * dim
-    for piece in tl.static_range(PIECES):
-        columns = piece * PIECE + tl.arange(0, PIECE)
-        tl.store(out_ptr + columns, means[piece] * scale, mask=columns < dim)
+    tl.store(out_ptr + columns_D, mean_D * scale, mask=is_kept_D)
