@@ -36,6 +36,8 @@ pytestmark = [
 def emulate(*arguments: str) -> list[dict[str, Any]]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+    # the tensors are the CPU's where there is a GPU as well
+    environment["CUDA_VISIBLE_DEVICES"] = ""
     command = [sys.executable, str(WORKER), *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]

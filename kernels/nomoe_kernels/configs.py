@@ -335,10 +335,10 @@ def candidates(device: Device, itemsize: int, experts: int, inner: int) -> Itera
 
 def small_candidates(device: Device, itemsize: int, *, splits: tuple[int, ...]) -> Iterator[Tile]:
     """The tiles for few rows that are worth measuring on a device."""
-    for block_m, block_n, block_k, split in itertools.product(
-        (16, 32, 64), (64, 128), (64, 128), splits
+    for block_m, block_n, block_k, stages, split in itertools.product(
+        (16, 32, 64), (64, 128), (64, 128), (3, 4), splits
     ):
-        tile = Tile("small", block_m, block_n, block_k, 4, 4, split)
+        tile = Tile("small", block_m, block_n, block_k, 4, stages, split)
         if tile.shared_memory(itemsize) <= device.shared_memory:
             yield tile
 
@@ -407,7 +407,10 @@ def _small(device: Device, shape: Shape, splits: int) -> Tile:
     block_m = 16 if shape.rows <= 16 * shape.experts else 32
     if shape.itemsize == 4:
         return Tile("small", block_m, 64, 32, 4, 3, splits)
-    tile = Tile("small", block_m, 64, 128, 4, 4, splits)
+    # with 3 stages a multiprocessor of Hopper holds three of them, so that all 384 programs of the
+    # published model's products run at once; with 4 it holds two, and 120 wait. As much is in
+    # flight either way
+    tile = Tile("small", block_m, 64, 128, 4, 3, splits)
     if tile.shared_memory(shape.itemsize) > device.shared_memory:
         return Tile("small", block_m, 64, 64, 4, 3, splits)
     return tile
