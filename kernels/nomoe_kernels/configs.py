@@ -402,9 +402,14 @@ def supports(tile: Tile, experts: int, inner: int, itemsize: int) -> bool:
     return True
 
 
+def small_block(shape: Shape) -> int:
+    """How many rows at once: all where that is few, else as many as an expert may have."""
+    return 16 if shape.rows <= 16 or 32 < shape.rows <= 16 * shape.experts else 32
+
+
 def _small(device: Device, shape: Shape, splits: int) -> Tile:
-    """Narrow tiles that keep enough bytes in flight; rows per expert decide how narrow."""
-    block_m = 16 if shape.rows <= 16 * shape.experts else 32
+    """Narrow tiles that keep enough bytes in flight."""
+    block_m = small_block(shape)
     if shape.itemsize == 4:
         return Tile("small", block_m, 64, 32, 4, 3, splits)
     # with 3 stages a multiprocessor of Hopper holds three of them, so that all 384 programs of the

@@ -147,13 +147,16 @@ def small_gemm(
 ) -> None:
     """Run the kernel for few rows, which finds each expert's by itself."""
     (E, inner, outer), R = weight_EIO.shape, out_SRO.shape[1]
+    holds_all = experts_TK is not None and tile.block_m >= R
+    # a search over as many choices at once as registers allow: 64 of (BLOCK_R, BLOCK_M) to a thread
+    block_r = 64 if holds_all else max(64, min(power_of_two(R), 8192 // tile.block_m))
     with on(rows_RI):
         products.small_kernel[(triton.cdiv(outer, tile.block_n) * tile.splits, E)](
             rows_RI, weight_EIO, bias_O, experts_TK, row_weights_R, out_SRO, R,
             GATHER_DIVISOR=divisor, I=inner, O=outer, O_CONTIGUOUS=weight_EIO.stride(2) == 1,
             GELU=gelu, EXACT_GELU=rows_RI.dtype == torch.float32, PRECISION=precision(rows_RI),
-            SPLITS=tile.splits, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
-            BLOCK_R=64, num_warps=tile.warps, num_stages=tile.stages,
+            SPLITS=tile.splits, HOLDS_ALL=holds_all, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
+            BLOCK_K=tile.block_k, BLOCK_R=block_r, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
 
 

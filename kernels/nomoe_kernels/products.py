@@ -270,6 +270,7 @@ def small_kernel(
     EXACT_GELU: tl.constexpr,
     PRECISION: tl.constexpr,
     SPLITS: tl.constexpr,
+    HOLDS_ALL: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -277,7 +278,9 @@ def small_kernel(
 ):
     """out[split, r] = row_weight * gelu(rows[r // GATHER_DIVISOR] @ weight[expert of r] + bias).
 
-    Rows stay in token order: each program searches the R choices for its expert. Grid (column tiles
+    Rows stay in token order: each program searches the R choices for its expert. With HOLDS_ALL, R
+    at most BLOCK_M, it does not: it multiplies all rows and stores those of its expert, since the
+    search would keep its weights waiting. Grid (column tiles
     * SPLITS, E). The product is transposed, weights on the side of the tensor core that is 64 wide,
     rows on the one that can be 16 narrow. Each split sums a part of I into its own copy of out;
     whoever reads them adds the copies.
@@ -304,20 +307,28 @@ def small_kernel(
     first_slot = 0
     # one turn, unless more than BLOCK_M rows chose this expert
     while first_slot < rows:
-        # slot m takes the (first_slot + m)-th row that chose this expert
         row_M = first_slot + slots_M
         rows = R
+        is_read_M = row_M < R
+        is_mine_M = is_read_M
         if experts_ptr is not None:
-            row_M = tl.zeros((BLOCK_M,), tl.int32)
-            rows = 0
-            for first in range(0, R, BLOCK_R):
-                r_R = first + chosen_R
-                hit_R = tl.load(experts_ptr + r_R, mask=r_R < R, other=-1) == expert
-                rank_R = rows + tl.cumsum(hit_R.to(tl.int32), axis=0) - 1
-                match_RM = hit_R[:, None] & (rank_R[:, None] == (first_slot + slots_M)[None, :])
-                row_M += tl.sum(tl.where(match_RM, r_R[:, None], 0), axis=0)
-                rows += tl.sum(hit_R.to(tl.int32), axis=0)
-        is_row_M = first_slot + slots_M < rows
+            if HOLDS_ALL:
+                is_mine_M = tl.load(experts_ptr + row_M, mask=is_read_M, other=-1) == expert
+                # 0 or 1, whether there is one
+                rows = tl.max(is_mine_M.to(tl.int32), axis=0)
+            else:
+                # slot m takes the (first_slot + m)-th row that chose this expert
+                row_M = tl.zeros((BLOCK_M,), tl.int32)
+                rows = 0
+                for first in range(0, R, BLOCK_R):
+                    r_R = first + chosen_R
+                    hit_R = tl.load(experts_ptr + r_R, mask=r_R < R, other=-1) == expert
+                    rank_R = rows + tl.cumsum(hit_R.to(tl.int32), axis=0) - 1
+                    match_RM = hit_R[:, None] & (rank_R[:, None] == (first_slot + slots_M)[None, :])
+                    row_M += tl.sum(tl.where(match_RM, r_R[:, None], 0), axis=0)
+                    rows += tl.sum(hit_R.to(tl.int32), axis=0)
+                is_mine_M = first_slot + slots_M < rows
+                is_read_M = is_mine_M
         from_M = (row_M // GATHER_DIVISOR).to(tl.int64)
         row_ptrs_KM = rows_ptr + from_M[None, :] * I + inner_K[:, None]
         acc_NM = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
@@ -330,7 +341,7 @@ def small_kernel(
                     other=0.0,
                 )
                 a_KM = tl.load(
-                    row_ptrs_KM + k, mask=inside_K[:, None] & is_row_M[None, :], other=0.0
+                    row_ptrs_KM + k, mask=inside_K[:, None] & is_read_M[None, :], other=0.0
                 )
                 acc_NM = tl.dot(w_NK, a_KM, acc_NM, input_precision=PRECISION)
         out_rows_M = split.to(tl.int64) * R + row_M
@@ -340,10 +351,10 @@ def small_kernel(
         if GELU:
             acc_NM = gelu(acc_NM, EXACT_GELU)
         if row_weights_ptr is not None:
-            acc_NM *= tl.load(row_weights_ptr + row_M, mask=is_row_M, other=0.0)[None, :]
+            acc_NM *= tl.load(row_weights_ptr + row_M, mask=is_mine_M, other=0.0)[None, :]
         tl.store(
             out_ptr + out_rows_M[:, None] * O + columns_N[None, :],
             tl.trans(acc_NM).to(out_ptr.dtype.element_ty),
-            mask=is_row_M[:, None] & in_row_N[None, :],
+            mask=is_mine_M[:, None] & in_row_N[None, :],
         )
         first_slot += BLOCK_M

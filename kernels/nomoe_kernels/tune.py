@@ -170,7 +170,7 @@ def rounds(device: Device, shape: Shape) -> Iterator[Callable[[Plan], list[Plan]
     if R <= configs.MOST_SMALL_ROWS:
         small_up = list(configs.small_candidates(device, item, splits=(1,)))
         small_down = list(configs.small_candidates(device, item, splits=SPLITS))
-        middle = Tile("small", 16 if R <= 16 * E else 32, 64, 64, 4, 4, 4)
+        middle = Tile("small", configs.small_block(shape), 64, 64, 4, 4, 4)
         yield lambda best: [best, *(Plan(tile, middle) for tile in small_up)]
         yield lambda best: [
             best,
