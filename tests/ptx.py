@@ -134,7 +134,7 @@ class Program:
         """Divide into runs. Names within inner braces are their own, and get the braces' number."""
         run: list[Statement] = []
         inner = opened = 0
-        plain = re.sub(r"//.*|\.(loc|file|reg)\b.*", "", body)
+        plain = re.sub(r"//.*|\.(loc|file|reg|pragma)\b.*", "", body)
         # labels and braces have lines of their own, and nothing that ends them
         for line in re.sub(r"(?m)^\s*([{}]|[\w$]+:)", r";\1;", plain).split(";"):
             text = re.sub(r"\s+", " ", line).strip()

@@ -415,7 +415,8 @@ def _small(device: Device, shape: Shape, splits: int) -> Tile:
     # with 3 stages a multiprocessor of Hopper holds three of them, so that all 384 programs of the
     # published model's products run at once; with 4 it holds two, and 120 wait. As much is in
     # flight either way
-    tile = Tile("small", block_m, 64, 128, 4, 3, splits)
+    stages = 3 if device.capability == (9, 0) else 4
+    tile = Tile("small", block_m, 64, 128, 4, stages, splits)
     if tile.shared_memory(shape.itemsize) > device.shared_memory:
         return Tile("small", block_m, 64, 64, 4, 3, splits)
     return tile

@@ -148,8 +148,11 @@ def small_gemm(
     """Run the kernel for few rows, which finds each expert's by itself."""
     (E, inner, outer), R = weight_EIO.shape, out_SRO.shape[1]
     holds_all = experts_TK is not None and tile.block_m >= R
-    # a search over as many choices at once as registers allow: 64 of (BLOCK_R, BLOCK_M) to a thread
-    block_r = 64 if holds_all else max(64, min(power_of_two(R), 8192 // tile.block_m))
+    block_r = 64
+    if device(rows_RI.device).capability == (9, 0) and not holds_all:
+        # as many choices at once as registers allow: 64 of (BLOCK_R, BLOCK_M) to a thread. The same
+        # on other devices spills
+        block_r = max(64, min(power_of_two(R), 8192 // tile.block_m))
     with on(rows_RI):
         products.small_kernel[(triton.cdiv(outer, tile.block_n) * tile.splits, E)](
             rows_RI, weight_EIO, bias_O, experts_TK, row_weights_R, out_SRO, R,
