@@ -29,7 +29,7 @@ from nomoe_kernels import configs, fused, invariant, launch, reference
 from nomoe_kernels.configs import AttentionTile, Plan, Tile
 from nomoe_kernels.reference import MoEWeights, Norm, Pooling
 from tests import emulator
-from tests.compile_kernels import NoDevice, prepare, target_of
+from tests.compile_kernels import DEVICES, NoDevice, prepare, target_of
 from tests.emulator import KernelError, Launch, Memory
 from tests.test_attention_ops import exact_attention
 from tests.test_fused_ops import BOUNDS, Case, exact_layer, make_layer
@@ -50,6 +50,9 @@ class Emulator:
 
     def install(self, target: str) -> None:
         prepare(target)
+        # so few that the programs of a persistent grid have several tiles each
+        device = DEVICES[target]._replace(multiprocessors=2)
+        launch.device = lambda _: device
         driver.set_active(NoDevice(target_of(target)))
         emulate = self.run
 

@@ -2,8 +2,9 @@
 
 What hardware leaves open is drawn at random: which warp goes on, and when asynchronous work is done
 (copies, tensor copies and products of warp groups, each some time between its start and the wait
-for it). So a barrier, a wait or a phase that is missing shows in the result, or as a deadlock.
-Shared memory starts as NaN. Every access is checked: bounds, alignment, and that a barrier exists.
+for it). So a barrier, a wait or a phase that is missing often shows in the result, or as a
+deadlock; not always. Shared memory starts as NaN. Loads and stores are checked (bounds, alignment),
+and that a barrier was made.
 
 Not modelled: rounding within a tensor core (sums here are float32), fences but for those between a
 store and a product that reads it, limits on registers, and what several blocks would do at once.

@@ -1,4 +1,4 @@
-"""Every kernel as it is compiled for a GPU, run by `emulator` with no GPU, against float64.
+"""The kernels as compiled for a GPU, in some of their tiles, run by `emulator` against float64.
 
 What Triton's interpreter cannot see: how the compiler lays out, pipelines, specialises and fences.
 """

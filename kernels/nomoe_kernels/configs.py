@@ -403,7 +403,7 @@ def supports(tile: Tile, experts: int, inner: int, itemsize: int) -> bool:
 
 
 def small_block(shape: Shape) -> int:
-    """How many rows at once: all where that is few, else as many as an expert may have."""
+    """How many rows at once: all where they are few, else about what an expert has."""
     return 16 if shape.rows <= 16 or 32 < shape.rows <= 16 * shape.experts else 32
 
 
@@ -412,9 +412,9 @@ def _small(device: Device, shape: Shape, splits: int) -> Tile:
     block_m = small_block(shape)
     if shape.itemsize == 4:
         return Tile("small", block_m, 64, 32, 4, 3, splits)
-    # with 3 stages a multiprocessor of Hopper holds three of them, so that all 384 programs of the
-    # published model's products run at once; with 4 it holds two, and 120 wait. As much is in
-    # flight either way
+    # with 3 stages a multiprocessor of Hopper holds three of them, so that on the 132 of an H200
+    # all 384 programs of the published model's products run at once; with 4 it holds two, and 120
+    # wait. As much is in flight either way
     stages = 3 if device.capability == (9, 0) else 4
     tile = Tile("small", block_m, 64, 128, 4, stages, splits)
     if tile.shared_memory(shape.itemsize) > device.shared_memory:

@@ -258,7 +258,7 @@ def pool(hidden_TD: Tensor, bounds: Tensor, out_BD: Tensor, pooling: Pooling) ->
     D = hidden_TD.shape[1]
     if len(out_BD):
         with on(hidden_TD):
-            # many loads in flight, as far as registers go: a thread has 128 of the sums
+            # many loads in flight, as far as registers go: a thread has 128 of the sums at most
             packed.pool_kernel[(len(out_BD),)](
                 hidden_TD, bounds, out_BD, pooling.dim, D=D,
                 NORMALIZE_BEFORE=pooling.normalize_before, NORMALIZE_AFTER=pooling.normalize_after,
