@@ -4,10 +4,10 @@
     python tests/emulate_kernels.py cuda:90 float16 layers attention
     python tests/emulate_kernels.py cuda:90 float16 spoiled
 
-Prints one JSON line for each case: what ran, its error against float64 and the bound for it; where
-the emulator refused to go on, why. The names of `PARTS` run those alone; `spoiled` runs kernels
-from which something was taken. Runs without TRITON_INTERPRET, so in a process of its own, as
-`compile_kernels` does.
+Prints one JSON line for each case: what ran, its error against float64 and the bound for it. The
+names of `PARTS` run those alone; `spoiled` runs kernels from which something was taken, and says
+why the emulator refused to go on where it did. Runs without TRITON_INTERPRET, so in a process of
+its own, as `compile_kernels` does.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from nomoe_kernels import configs, fused, invariant, launch, reference
-from nomoe_kernels.configs import AttentionTile, Plan, Tile
+from nomoe_kernels.configs import AttentionTile, Plan, Shape, Tile
 from nomoe_kernels.reference import MoEWeights, Norm, Pooling
 from tests import emulator
 from tests.compile_kernels import DEVICES, NoDevice, prepare, target_of
@@ -112,18 +112,18 @@ def off(actual: Tensor, exact: Tensor) -> float:
 
 
 def plans(target: str, itemsize: int) -> dict[str, Plan]:
-    """Tiles as they are on the device, of each kernel; a plan has the same for both products."""
-    device = configs.Device("", (int(target.split(":")[1][0]), 0), 132, 232_448)
-    menu = [tile for tile in configs.menu(device, itemsize) if tile.block_m >= 64]
+    """The tiles that a formula may pick on a device, and those for warps of two kinds.
+
+    A plan has the same for both products, but for few rows, where it is the published model's.
+    """
+    device, menu = DEVICES[target], configs.menu(DEVICES[target], itemsize)
     tiles = {f"{tile.kernel} {tile.block_m} x {tile.block_n}": tile for tile in menu}
     if target == "cuda:90" and itemsize == 2:
         for block_n, stages in ((256, 4), (128, 3)):
             tile = Tile("specialized", 128, block_n, 64, 4, stages)
             tiles[f"specialized 128 x {block_n}"] = tile
     found = {name: Plan(tile, tile) for name, tile in tiles.items()}
-    step = 32 if itemsize == 4 else 64
-    small = Tile("small", 16, 64, step, 4, 3)
-    return found | {"small": Plan(small, small._replace(splits=4))}
+    return found | {"small": configs.formula(device, Shape(8, 768, 3072, itemsize, 64))}
 
 
 def layers(plans: dict[str, Plan], dtype: torch.dtype) -> Iterator[tuple[str, float]]:
@@ -248,6 +248,10 @@ SPOILED = {
     ),
     "a phase ahead": (
         "layers", "specialized 128 x 256", r"(setp\.eq\.b64\s+\S+ \S+) 0;", r"\1 4;",
+    ),
+    "phases from zero at each tile": (
+        "layers", "specialized 128 x 128",
+        r"(?s)((?:mov\.b64\s+%rd\d+, 0;\s+)+)(\$L__BB\d+_\d+:)", r"\1\2 \1",
     ),
     "no barriers": ("layers", "pointer 64 x 128", r"bar\.sync[^;]*;", ""),
     "rows beyond the last": ("layers", "pointer 64 x 128", r"@\S+ (st\.global)", r"\1"),

@@ -6,8 +6,9 @@ for it). So a barrier, a wait or a phase that is missing often shows in the resu
 deadlock; not always. Shared memory starts as NaN. Loads and stores are checked (bounds, alignment),
 and that a barrier was made.
 
-Not modelled: rounding within a tensor core (sums here are float32), fences but for those between a
-store and a product that reads it, limits on registers, and what several blocks would do at once.
+Not modelled: rounding within a tensor core (sums here are float32), approximations, fences but for
+those between a store and a product that reads it, limits on registers and on tensor maps, copies of
+one group out of their order, and what several blocks would do at once.
 Sources: NVIDIA's PTX ISA 8.7; for operands in shared memory CUTLASS's mma_sm90_desc.hpp.
 """
 
@@ -16,6 +17,7 @@ from __future__ import annotations
 import random
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -45,9 +47,12 @@ SWIZZLED = {1: 128, 2: 64, 3: 32}
 SWIZZLED_MAP = {3: 128, 2: 64, 1: 32}
 # bytes of an element by a tensor map's type
 ELEMENT = {1: 2, 6: 2, 7: 4, 10: 2}
+# bytes of a barrier and of a tensor map
+BARRIER, MAP = 8, 128
 NOBODY = -1
-# turns in a row that warps may wait in vain before all work in flight is done, then given up
-PATIENCE = 4000
+# turns in a row that warps wait in vain before a tensor copy is no longer put off, and before a
+# kernel is given up that has none in flight
+IMPATIENCE, PATIENCE = 20, 4000
 
 
 class KernelError(Exception):
@@ -130,7 +135,7 @@ class Warp:
     def __init__(self, block: Block, number: int, special: dict[str, Any]) -> None:
         self.block, self.number = block, number
         self.special = {**special, "%tid.x": (LANES + 32 * number).astype(U32)}
-        self.registers: list[Any] = [None] * block.program.registers
+        self.registers = block.program.registers()
         self.active = np.ones(32, bool)
         self.at: int = 0
         self.is_waiting = False
@@ -153,13 +158,12 @@ class Warp:
             while self.at != meeting:
                 step = program.code[self.at](self)
                 if not isinstance(step, int) or step < 0:
-                    raise KernelError(f"threads of warp {self.number} part and wait: {step}")
+                    raise KernelError(f"threads of warp {self.number} part and do not meet: {step}")
                 self.at = step
             after.append(self.registers)
         self.active = whole
         self.registers = [
-            a if a is b else np.where(parts[0], b if a is None else a, a if b is None else b)
-            for a, b in zip(*after, strict=True)
+            a if a is b else np.where(parts[0], a, b) for a, b in zip(*after, strict=True)
         ]
         return meeting
 
@@ -192,7 +196,7 @@ class Block:
         place: Sequence[int],
         grid: Sequence[int],
         shared: int,
-        seed: int,
+        seed: str,
     ) -> None:
         self.program, self.memory, self.parameters = program, memory, parameters
         self.chance = random.Random(seed)
@@ -201,8 +205,10 @@ class Block:
         self.shared = np.full(shared + -shared % 4, 0xFF, U8)
         # the warp that stored a byte which products of warp groups may not read before its fence
         self._storing = np.full(len(self.shared), NOBODY, np.int16)
+        # both lie in shared memory, and are lost where it is written
         self._barriers: dict[int, Barrier] = {}
         self._maps: dict[int, dict[Any, int]] = {}
+        self._kept = np.zeros(len(self.shared), bool)
         self._published: dict[int, dict[Any, int]] = {}
         self._tensor_copies: list[Work] = []
         special = {
@@ -226,7 +232,7 @@ class Block:
                 where = {warp.number: warp.at for warp in live}
                 raise KernelError(f"{self.program.name}: all wait, warps at {where}")
             puts_off = self.chance.random() < self.lateness("tensor copies")
-            if self._tensor_copies and (is_stuck or vain > 20 or not puts_off):
+            if self._tensor_copies and (is_stuck or vain > IMPATIENCE or not puts_off):
                 self._tensor_copies.pop(self.chance.randrange(len(self._tensor_copies)))()
                 vain = 0
             elif ready:
@@ -291,6 +297,16 @@ class Block:
     def _write(self, at: np.ndarray, octets: np.ndarray, storing: int = NOBODY) -> None:
         self.shared[at] = octets
         self._storing[at] = storing
+        if self._kept[at].any():
+            written = set(at.ravel().tolist())
+            for kept, size in ((self._barriers, BARRIER), (self._maps, MAP)):
+                for start in [one for one in kept if written & set(range(one, one + size))]:
+                    del kept[start]
+                    self._kept[start : start + size] = False
+
+    def _keep(self, start: int, size: int) -> None:
+        self._check(np.array([start]), size)
+        self._kept[start : start + size] = True
 
     def fence(self, warp: Warp) -> None:
         """What a warp has stored may be read by asynchronous work."""
@@ -334,13 +350,16 @@ class Block:
         self, at: np.ndarray, field: tuple[Any, ...], value: Any, threads: np.ndarray
     ) -> None:
         """Set a field of a tensor map in shared memory."""
-        for address in at[threads]:
-            self._maps.setdefault(int(address), {})[field] = int(np.broadcast_to(value, 32)[0])
+        for address in at[threads].tolist():
+            self._keep(address, MAP)
+            self._maps.setdefault(address, {})[field] = int(np.broadcast_to(value, 32)[0])
 
     def publish(self, of: np.ndarray, to: np.ndarray, threads: np.ndarray) -> None:
         """Copy a tensor map to global memory, from where it is used."""
         if threads.any():
             self.memory.place(to[threads], 128)
+            if int(of[0]) not in self._maps:
+                raise KernelError(f"no tensor map at {of[0]}")
             self._published[int(to[0])] = dict(self._maps[int(of[0])])
 
     def copy_tensor(
@@ -395,8 +414,9 @@ class Block:
         return self._barriers[address]
 
     def init(self, at: np.ndarray, count: int, threads: np.ndarray) -> None:
-        for address in at[threads]:
-            self._barriers[int(address)] = Barrier(count)
+        for address in at[threads].tolist():
+            self._keep(address, BARRIER)
+            self._barriers[address] = Barrier(count)
 
     def forget(self, at: np.ndarray, threads: np.ndarray) -> None:
         for address in at[threads]:
@@ -485,7 +505,7 @@ class Launch(NamedTuple):
     grid: tuple[int, ...]
 
 
-_programs: dict[str, Program] = {}
+program_of = lru_cache(maxsize=None)(Program)
 
 
 def launch(kernel: Launch, memory: Memory, seed: int) -> None:
@@ -495,13 +515,11 @@ def launch(kernel: Launch, memory: Memory, seed: int) -> None:
         KernelError: The kernel does what is undefined, or does not end.
         NotImplementedError: It has an instruction that is unknown here.
     """
-    if kernel.text not in _programs:
-        _programs[kernel.text] = Program(kernel.text)
-    program = _programs[kernel.text]
+    program = program_of(kernel.text)
     parameters = dict(zip(program.parameters, kernel.parameters, strict=True))
     x, y, z = grid = (*kernel.grid, 1, 1)[:3]
     places = [(i, j, k) for i in range(x) for j in range(y) for k in range(z)]
     random.Random(seed).shuffle(places)
     with np.errstate(all="ignore"):
         for number, place in enumerate(places):
-            Block(program, memory, parameters, place, grid, kernel.shared, seed + number).run()
+            Block(program, memory, parameters, place, grid, kernel.shared, f"{seed} {number}").run()

@@ -23,10 +23,12 @@ LANES = np.arange(32)
 REGISTERS = {"%rd": "b64", "%rs": "b16", "%r": "b32", "%p": "pred"}
 NUMPY = {
     "b8": "U8", "b16": "U16", "u16": "U16", "b32": "U32", "u32": "U32", "s32": "I32",
-    "b64": "U64", "u64": "U64", "s64": "I64", "f16": "F16", "f32": "F32",
+    "b64": "U64", "u64": "U64", "s64": "I64", "f32": "F32",
 }  # fmt: skip
 
-# an instruction's value from its operands; its last type is theirs unless it says otherwise
+# An instruction's value from its operands; its last type is theirs unless OPERANDS says otherwise.
+# What follows its name may be a type or one of MODIFIERS, which either change nothing here or are
+# looked at where they do.
 FORMULAS = {
     "add": "{0} + {1}",
     "sub": "{0} - {1}",
@@ -76,6 +78,7 @@ OPERANDS = {
     "mad.wide": ("", "", "64"), "shl": ("", "u32"), "shr": ("", "u32"), "selp": ("", "", "pred"),
     "bfe": ("", "u32", "u32"), "shfl": ("b32", "s32"), "vote": ("pred",),
 }  # fmt: skip
+MODIFIERS = set("rn ftz approx full NaN sync bfly idx up down ballot global".split())
 REDUCTIONS = {"add": "add", "min": "minimum", "max": "maximum", "and": "bitwise_and"}
 CONVERSIONS = {
     "f16x2.f32": "pair(half({1}), half({0}))",
@@ -86,7 +89,15 @@ CONVERSIONS = {
     "f32.bf16": "({0}.astype(U32) << U32(16)).view(F32)",
     "tf32.f32": "nearest_tf32({0}.view(U32))",
 }
+# what a register holds that was never written
+BAD = {
+    "b16": np.full(32, 0xBAD, U16), "b32": np.full(32, 0xBAD, U32),
+    "b64": np.full(32, 0xBAD, U64), "pred": np.full(32, False),
+}  # fmt: skip
 SPECIAL = re.compile(r"%(tid|ctaid|nctaid)\.[xyz]")
+REGISTER = re.compile(r"%(rd|rs|r|p)\d+|complete_\d+")
+# what all threads of a warp do, or none
+UNGUARDED = set("ret bar barrier elect ldmatrix stmatrix mma wgmma setmaxnreg".split())
 # what ends a run of instructions: a branch, and where a warp may have to wait
 ENDS = re.compile(r"bra|ret|bar\.sync|barrier\.sync|mbarrier\.try_wait")
 
@@ -114,7 +125,6 @@ class Program:
         parameters: Names, in order.
         code: A function of a warp for each run. It returns the number of the next run, -1 at the
             kernel's end, or a tuple that says what the warp waits for.
-        registers: How many a warp has.
     """
 
     def __init__(self, text: str) -> None:
@@ -127,7 +137,6 @@ class Program:
         body = text[text.index("{", text.index(".reqntid")) + 1 :].partition("$L__func_end")[0]
         self._read(body)
         self.code = [self._function(number) for number in range(len(self._runs))]
-        self.registers = len(self._numbers)
         self._passed: list[set[int]] = []
 
     def _read(self, body: str) -> None:
@@ -138,6 +147,8 @@ class Program:
         # labels and braces have lines of their own, and nothing that ends them
         for line in re.sub(r"(?m)^\s*([{}]|[\w$]+:)", r";\1;", plain).split(";"):
             text = re.sub(r"\s+", " ", line).strip()
+            if inner:
+                text = re.sub(r"(?<![\w.%$])(complete|waitLoop)\b", rf"\1_{inner}", text)
             if text in ("{", "}"):
                 opened += text == "{"
                 inner = opened if text == "{" else 0
@@ -148,17 +159,17 @@ class Program:
                 if run:
                     self._runs.append(run)
                     run = []
-                self._labels[self._own(text[:-1], inner)] = len(self._runs)
+                self._labels[text[:-1]] = len(self._runs)
             elif text:
-                names = re.sub(r"(?<![\w.%$])(complete|waitLoop)\b", rf"\1_{inner}", text)
-                run.append(Statement.read(names))
+                run.append(Statement.read(text))
                 if ENDS.match(run[-1].opcode):
                     self._runs.append(run)
                     run = []
         self._runs.append([*run, Statement("ret", [], None)])
 
-    def _own(self, name: str, inner: int) -> str:
-        return f"{name}_{inner}" if inner else name
+    def registers(self) -> list[Any]:
+        """A warp's registers before the first instruction: nothing that means anything."""
+        return [BAD[_kind(name)] for name in self._numbers]
 
     def meeting_point(self, number: int) -> int:
         """The nearest run that every way on from this one passes, whichever branch is taken."""
@@ -189,7 +200,7 @@ class Program:
         for statement in self._runs[number]:
             try:
                 lines += [f"  {line}" for line in self._lines(statement, number + 1)]
-            except (KeyError, IndexError, ValueError) as error:
+            except (KeyError, IndexError, TypeError, ValueError) as error:
                 written = f"{statement.opcode} {', '.join(statement.operands)}"
                 raise NotImplementedError(f"{self.name}: {written}") from error
         names: dict[str, Any] = dict(globals())
@@ -206,7 +217,7 @@ class Program:
             return f"warp.special[{operand!r}]"
         if operand.startswith("global_smem"):
             return f"{NUMPY[kind]}({operand.partition('+')[2] or 0})"
-        if operand[0] == "%" or operand.startswith("complete"):
+        if REGISTER.fullmatch(operand):
             register = f"R[{self._number(operand)}]"
             is_bits = kind == "pred" or kind[0] in "bu"
             return register if is_bits else f"{register}.view({NUMPY[kind]})"
@@ -225,7 +236,7 @@ class Program:
         base, _, offset = operand.strip("[] ").replace(" ", "").partition("+")
         if base == "global_smem":
             return f"np.full(32, {offset or 0})"
-        if base not in self._numbers and base[0] != "%":
+        if not REGISTER.fullmatch(base):
             raise ValueError(operand)
         register = f"R[{self._number(base)}].astype(I64)"
         return f"{register} + {offset}" if int(offset or 0) else register
@@ -233,15 +244,16 @@ class Program:
     def _store(self, register: str, expression: str, guard: str | None) -> list[str]:
         if register == "_":
             return []
-        kind = next(kind for name, kind in REGISTERS.items() if register.startswith(name))
         at = f"R[{self._number(register)}]"
-        return [f"{at} = as_{kind}({expression}, {at}, {guard})"]
+        return [f"{at} = as_{_kind(register)}({expression}, {at}, {guard})"]
 
     def _lines(self, statement: Statement, following: int) -> list[str]:
         opcode, operands, predicate = statement
         guard = None if predicate is None else self._guard(predicate)
         threads = "warp.active" if guard is None else f"({guard} & warp.active)"
         kind, *rest = opcode.split(".")
+        if guard is not None and kind in UNGUARDED:
+            raise ValueError(f"{opcode} of some threads")
         special = getattr(self, f"_{kind}", None)
         if special:
             lines: list[str] = special(opcode, operands, threads, guard, following)
@@ -250,15 +262,27 @@ class Program:
         two = f"{kind}.{rest[0]}"
         name = two if two in FORMULAS else kind
         formula = FORMULAS[name]
+        said = set(rest[name.count(".") : -1])
+        if kind == "redux":
+            said -= set(REDUCTIONS)
+        if not said <= MODIFIERS or last not in (*NUMPY, "pred"):
+            raise ValueError(opcode)
         if name in ("min", "max") and last == "f32" and "NaN" not in rest:
             formula = f"np.f{name}({{0}}, {{1}})"
         target, *sources = operands
+        if kind in ("shfl", "redux", "vote"):
+            # the last says which threads take part: all
+            sources.pop()
+        if kind == "shfl" and sources.pop() != ("0" if "up" in rest else "31"):
+            raise ValueError("segments of a warp")
+        if len(sources) != len(set(re.findall(r"\{(\d)\}", formula))):
+            raise ValueError(opcode)
         kinds = OPERANDS.get(name, ())
         types = [
             (kinds[at] if at < len(kinds) and kinds[at] else last) for at in range(len(sources))
         ]
         types = [f"{last[0]}64" if one == "64" else one for one in types]
-        mode = REDUCTIONS.get(rest[1], "") if kind == "redux" else rest[1] if kind == "shfl" else ""
+        mode = REDUCTIONS[rest[1]] if kind == "redux" else rest[1] if kind == "shfl" else ""
         values = [self._source(*one) for one in zip(sources, types, strict=True)]
         return self._store(target, formula.format(*values, mode=mode), guard)
 
@@ -289,8 +313,12 @@ class Program:
     # how many registers a warp has is not modelled
     _setmaxnreg = _nothing
 
-    def _fence(self, opcode: str, *rest: Any) -> list[str]:
-        return ["block.fence(warp)"] if opcode.startswith("fence.proxy.async") else []
+    def _fence(self, opcode: str, operands: list[str], *rest: Any) -> list[str]:
+        if opcode.startswith("fence.proxy.tensormap"):
+            return []
+        if not opcode.startswith("fence.proxy.async") or rest[1] is not None:
+            raise ValueError(opcode)
+        return ["block.fence(warp)"]
 
     def _mov(self, opcode: str, operands: list[str], *rest: Any) -> list[str]:
         (target, source), guard, kind = operands, rest[1], opcode.split(".")[1]
@@ -315,12 +343,16 @@ class Program:
             formula, kind = CONVERSIONS[f"{to}.{of}"], {"f16": "b16", "bf16": "b16"}.get(of, of)
         else:
             formula, kind = f"{{0}}.astype({NUMPY[to]})", of
+            if of == "f32":
+                raise ValueError("rounds to whole numbers")
         values = [self._source(one, kind) for one in sources]
         return self._store(target, formula.format(*values), rest[1])
 
     def _elect(self, opcode: str, operands: list[str], *rest: Any) -> list[str]:
         leader, chosen = operands[0].split("|")
-        return self._store(leader, "U32(0)", None) + self._store(chosen, "LANES == 0", None)
+        first = "np.flatnonzero(warp.active)[0]"
+        lines = self._store(leader, f"U32({first})", None)
+        return lines + self._store(chosen, f"LANES == {first}", None)
 
     def _ld(self, opcode: str, operands: list[str], threads: str, *rest: Any) -> list[str]:
         _, space, *_, kind = opcode.replace("::cta", "").split(".")
@@ -451,6 +483,11 @@ def _found(pattern: str, text: str) -> str:
     return match[1]
 
 
+def _kind(register: str) -> str:
+    """A register's type, by its name."""
+    return next((kind for name, kind in REGISTERS.items() if register.startswith(name)), "pred")
+
+
 def split(operands: str) -> list[str]:
     """Divide at the commas outside of brackets."""
     return [one.strip() for one in re.findall(r"(?:\[[^]]*\]|\{[^}]*\}|[^,])+", operands)]
@@ -472,7 +509,7 @@ def as_bits(x: Any, dtype: Any, old: Any, guard: Any) -> Any:
         bits = np.full(32, bits)
     if guard is None:
         return bits
-    return np.where(guard, bits, dtype(0xBAD) if old is None else old)
+    return np.where(guard, bits, old)
 
 
 def as_b16(x: Any, old: Any = None, guard: Any = None) -> Any:
@@ -489,7 +526,7 @@ def as_b64(x: Any, old: Any = None, guard: Any = None) -> Any:
 
 def as_pred(x: Any, old: Any = None, guard: Any = None) -> Any:
     truth = x if np.shape(x) == (32,) else np.full(32, x, bool)
-    return truth if guard is None else np.where(guard, truth, False if old is None else old)
+    return truth if guard is None else np.where(guard, truth, old)
 
 
 def octets(x: Any, dtype: Any) -> Any:
@@ -523,6 +560,8 @@ def shift(way: Any, x: Any, by: Any) -> Any:
 def bits_of(x: Any, first: Any, count: Any) -> Any:
     """Bits first to first + count, the highest as the sign of a signed number."""
     width = x.dtype.itemsize * 8
+    if count == 0 or first + count > width:
+        raise NotImplementedError(f"bits {first} to {first + count} of {width}")
     above = (width - first - count).astype(x.dtype)
     return (x << above) >> (width - count).astype(x.dtype)
 
@@ -530,8 +569,8 @@ def bits_of(x: Any, first: Any, count: Any) -> Any:
 def shuffle(x: Any, by: Any, mode: str) -> Any:
     """Each thread's number from another one's; from its own where there is none."""
     if mode == "bfly":
-        return x[LANES ^ by]
-    others = {"idx": by + 0 * LANES, "up": LANES - by, "down": LANES + by}[mode]
+        return x[LANES ^ (by & 31)]
+    others = {"idx": (by & 31) + 0 * LANES, "up": LANES - by, "down": LANES + by}[mode]
     return x[np.where((others < 0) | (others > 31), LANES, others)]
 
 

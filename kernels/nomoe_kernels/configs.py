@@ -335,8 +335,8 @@ def candidates(device: Device, itemsize: int, experts: int, inner: int) -> Itera
 
 def small_candidates(device: Device, itemsize: int, *, splits: tuple[int, ...]) -> Iterator[Tile]:
     """The tiles for few rows that are worth measuring on a device."""
-    for block_m, block_n, block_k, stages, split in itertools.product(
-        (16, 32, 64), (64, 128), (64, 128), (3, 4), splits
+    for block_m, block_n, (block_k, stages), split in itertools.product(
+        (16, 32, 64), (64, 128), ((64, 4), (128, 3), (128, 4)), splits
     ):
         tile = Tile("small", block_m, block_n, block_k, 4, stages, split)
         if tile.shared_memory(itemsize) <= device.shared_memory:

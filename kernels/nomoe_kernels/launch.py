@@ -150,8 +150,8 @@ def small_gemm(
     holds_all = experts_TK is not None and tile.block_m >= R
     block_r = 64
     if device(rows_RI.device).capability == (9, 0) and not holds_all:
-        # as many choices at once as registers allow: 64 of (BLOCK_R, BLOCK_M) to a thread. The same
-        # on other devices spills
+        # as many choices at once as registers allow: 64 of (BLOCK_R, BLOCK_M) to a thread; on some
+        # other devices that spills
         block_r = max(64, min(power_of_two(R), 8192 // tile.block_m))
     with on(rows_RI):
         products.small_kernel[(triton.cdiv(outer, tile.block_n) * tile.splits, E)](

@@ -196,8 +196,8 @@ def pool_kernel(
     """Mean over a text's tokens, L2 norm, the first `dim` features, L2 norm; all in float32.
 
     Program b owns text b. Its warps share the features where a row is wide enough, so that a sum
-    over tokens stays within a thread: through shared memory it takes longer than reading a short
-    text. The order of every sum depends on the text's own length alone. A text without tokens gives
+    over tokens stays within a thread: in shared memory the lanes of a warp would all meet in one
+    bank. The order of every sum depends on the text's own length alone. A text without tokens gives
     NaN.
     """
     text = tl.program_id(0)

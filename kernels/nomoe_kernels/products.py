@@ -280,10 +280,10 @@ def small_kernel(
 
     Rows stay in token order: each program searches the R choices for its expert. With HOLDS_ALL, R
     at most BLOCK_M, it does not: it multiplies all rows and stores those of its expert, since the
-    search would keep its weights waiting. Grid (column tiles
-    * SPLITS, E). The product is transposed, weights on the side of the tensor core that is 64 wide,
-    rows on the one that can be 16 narrow. Each split sums a part of I into its own copy of out;
-    whoever reads them adds the copies.
+    search would keep its weights waiting. Grid (column tiles * SPLITS, E). The product is
+    transposed, weights on the side of the tensor core that is 64 wide, rows on the one that can be
+    16 narrow. Each split sums a part of I into its own copy of out; whoever reads them adds the
+    copies.
     """
     tiles_n: tl.constexpr = (O + BLOCK_N - 1) // BLOCK_N
     blocks_k: tl.constexpr = (I + BLOCK_K - 1) // BLOCK_K
