@@ -30,6 +30,7 @@ from .moe import (
     Ops,
     Packable,
     TableOps,
+    activation_dtype,
     compiled_if_plain,
     cpu_ops,
     rows_wanted,
@@ -598,16 +599,17 @@ class NomicMoEModel(nn.Module):
         )
         x_TD = self.embeddings(ids_T.long(), self.emb_ln, ops)
         hidden = [x_TD[:tokens]]
+        x_TD = x_TD.to(activation_dtype(ops, len(ids_T), self.dtype, self.encoder))
         routings = []
         for layer in self.encoder.layers:
             x_TD, routing = layer(x_TD, packing, ops=ops)
             if output_hidden_states:
-                hidden.append(x_TD[:tokens])
+                hidden.append(x_TD[:tokens].to(self.dtype))
             if routing is not None and output_routing:
                 weights_TK, experts_TK = routing
                 routings.append((weights_TK[:tokens], experts_TK[:tokens]))
         return NomicMoEOutput(
-            last_hidden_state=x_TD[:tokens],
+            last_hidden_state=x_TD[:tokens].to(self.dtype),
             hidden_states=tuple(hidden) if output_hidden_states else None,
             router_weights=tuple(weights for weights, _ in routings) if output_routing else None,
             router_experts=tuple(experts for _, experts in routings) if output_routing else None,

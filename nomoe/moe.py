@@ -144,6 +144,21 @@ def compiled_if_plain(method: Callable[..., Result]) -> Callable[..., Result]:
     return run
 
 
+def activation_dtype(
+    ops: Ops | TableOps, tokens: int, dtype: torch.dtype, layers: nn.Module
+) -> torch.dtype:
+    """The dtype between the operations of a forward: the model's, or float32 where products are.
+
+    What stands in for a part of ours, an adapter say, is given the model's dtype.
+    """
+    if ops is not cpu or not cpu.widens(tokens, dtype):
+        return dtype
+    is_own = all(
+        type(part).__module__.startswith(("nomoe.", "torch.nn.")) for part in layers.modules()
+    )
+    return torch.float32 if is_own else dtype
+
+
 def rows_wanted(ops: Ops | TableOps, tokens: int, dtype: torch.dtype) -> int:
     """Rows that kernels want a batch of so many tokens to have: as many, but for those of a CPU."""
     return cpu.rows_wanted(tokens, dtype) if ops is cpu else tokens
@@ -431,6 +446,7 @@ class Linear(nn.Linear, Packable):
             packed, plain = self.snapshot()
             if packed is None:
                 ops, weight_OI = reference, plain["weight"]
+                x_TI = x_TI.to(weight_OI.dtype)
             else:
                 [weight_OI] = packed["weight"]
         else:
@@ -480,7 +496,9 @@ class MoE(nn.Module):
         w2: Any
         if ops is cpu:
             packed, plain = mlp.snapshot()
-            ops = ops if packed is not None else reference
+            if packed is None:
+                ops = reference
+                x_TD, y_TD = x_TD.to(plain["w1"].dtype), y_TD.to(plain["w1"].dtype)
         else:
             packed, plain = None, mlp.parameters_now()
         if packed is not None:

@@ -21,7 +21,7 @@ from nomoe_kernels.reference import MoEWeights, Norm
 from tests.conftest import LIBRARIES
 
 DTYPES = [dtype for dtype in (torch.float32, torch.bfloat16) if cpu.supports(dtype)]
-KINDS = [("onednn", dtype) for dtype in DTYPES] + [(name, torch.float32) for name in LIBRARIES[1:]]
+KINDS = [(library, dtype) for library in LIBRARIES for dtype in DTYPES]
 # of the largest number of a product: some roundings of its operands' dtype
 BOUNDS = {torch.float32: 2e-6, torch.bfloat16: 1e-2}
 
@@ -33,6 +33,7 @@ def dtype(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> to
     """One with products at speed, in each library that has them."""
     library, dtype = request.param
     monkeypatch.setattr(matrices, "_is_intel", lambda: library == "mkl")
+    monkeypatch.setattr(matrices, "_has_amx", lambda: False)
     return dtype  # type: ignore[no-any-return]
 
 
@@ -58,7 +59,7 @@ def embed(model: NomicMoEModel) -> Tensor:
         return model.forward_packed(torch.arange(4, 34), [20, 10])[0]
 
 
-@pytest.mark.parametrize("rows", [1, 5, 33])
+@pytest.mark.parametrize("rows", [1, 5, 33, 130])
 def test_linear(rows: int, dtype: torch.dtype) -> None:
     x_TI, weight_OI, bias_O = (
         normal(*shape, seed=seed, dtype=dtype)
@@ -73,6 +74,40 @@ def test_linear(rows: int, dtype: torch.dtype) -> None:
         assert off(result, F.gelu(exact) if gelu else exact) < BOUNDS[dtype]
     assert off(cpu.linear(x_TI, packed, None), exact - bias_O.double()) < BOUNDS[dtype]
     assert cpu.linear(x_TI[:0], packed, bias_O, gelu=True).shape == (0, 80)
+
+
+@pytest.mark.skipif(len(KINDS) < 4, reason="torch has no MKL or no bfloat16 here")
+@pytest.mark.parametrize(
+    ("rows", "intel", "amx", "expected"),
+    [
+        (128, True, False, True),
+        (127, True, False, False),
+        (128, False, False, False),
+        (128, True, True, False),
+    ],
+)
+def test_many_rows_in_bfloat16_are_multiplied_in_float32(
+    rows: int, intel: bool, amx: bool, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(matrices, "_is_intel", lambda: intel)
+    monkeypatch.setattr(matrices, "_has_amx", lambda: amx)
+    x_TI, weight_OI, bias_O = (
+        normal(*shape, seed=seed, dtype=torch.bfloat16)
+        for seed, shape in enumerate(((rows, 96), (80, 96), (80,)))
+    )
+    packed = cpu.pack_weight(weight_OI)
+    found = packed.for_rows(rows)
+    if expected:
+        assert isinstance(found, matrices.WideMatrix)
+        assert torch.equal(found.weight_OI, weight_OI.float())
+    else:
+        assert found is packed
+    exact = F.gelu(F.linear(x_TI.double(), weight_OI.double(), bias_O.double()))
+    result = cpu.linear(x_TI, packed, bias_O, gelu=True)
+    # rounded once, at the end: by half a unit in the last of eight bits
+    assert ((result - exact).abs() <= exact.abs() * 2**-8 * 1.01 + 1e-5).all()
+    many = 143 if intel and not amx else 144
+    assert cpu.rows_wanted(143, torch.bfloat16, 16) == many
 
 
 @pytest.mark.usefixtures("library")

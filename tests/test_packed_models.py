@@ -18,8 +18,10 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from nomoe import NomicMoEModel, data
+from nomoe.model import NomicMoEOutput
 from nomoe.moe import LAYING_OUT, Linear, MoE
-from nomoe_kernels import cpu
+from nomoe_kernels import cpu, matrices
+from tests.conftest import LIBRARIES
 from tests.test_cpu_ops import DTYPES, embed, packed
 
 pytestmark = pytest.mark.skipif(not DTYPES, reason="torch has no oneDNN here")
@@ -374,3 +376,79 @@ def test_a_batch_shows_onednn_few_numbers_of_rows(model: NomicMoEModel, shown: l
     # 258 takes 264, and 129 takes 132
     assert {132, 3, 264} <= set(shown)
     assert not {129, 258} & set(shown)
+
+
+class Adapter(nn.Module):
+    """A part that stands in for a Linear and adds a low rank to it."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+        self.down = nn.Linear(96, 4, bias=False)
+        self.up = nn.Linear(4, 192, bias=False)
+
+    def forward(self, x_TI: Tensor, *rest: Any) -> Tensor:
+        return self.inner(x_TI, *rest) + self.up(self.down(x_TI))  # type: ignore[no-any-return]
+
+
+@pytest.fixture
+def widened(monkeypatch: pytest.MonkeyPatch) -> NomicMoEModel:
+    """The tiny model in bfloat16, many rows of which a CPU multiplies in float32."""
+    if len(DTYPES) < 2 or "mkl" not in LIBRARIES:
+        pytest.skip("torch has no MKL or no bfloat16 here")
+    monkeypatch.setattr(matrices, "_is_intel", lambda: True)
+    monkeypatch.setattr(matrices, "_has_amx", lambda: False)
+    return NomicMoEModel.from_pretrained(data.TINY, device="cpu", dtype="bfloat16")
+
+
+def many(model: NomicMoEModel) -> NomicMoEOutput:
+    with torch.no_grad():
+        return model.forward_packed(torch.arange(4, 204), [90, 110], output_hidden_states=True)
+
+
+def test_many_rows_in_bfloat16_are_rounded_at_the_end(widened: NomicMoEModel) -> None:
+    seen = []
+    widened.encoder.layers[1].attn.register_forward_pre_hook(
+        lambda part, inputs: seen.append(inputs[0].dtype)
+    )
+    embed(widened)
+    ours = many(widened)
+    assert seen == [torch.bfloat16, torch.float32]
+    assert ours.hidden_states is not None
+    assert {one.dtype for one in ours.hidden_states} == {torch.bfloat16}
+    assert torch.equal(ours.last_hidden_state, ours.hidden_states[-1])
+
+    exact = many(copy.deepcopy(widened).double()).last_hidden_state
+    plain = copy.deepcopy(widened)
+    plain.packs_matrices = False  # type: ignore[misc]
+    theirs = many(plain).last_hidden_state
+    # of a token in the middle, since some go to other experts
+    errors = [float((one - exact).abs().amax(1).median()) for one in (ours[0], theirs)]
+    assert errors[0] < 0.7 * errors[1]
+
+
+def test_what_stands_in_for_a_linear_gets_the_models_dtype(widened: NomicMoEModel) -> None:
+    plain = copy.deepcopy(widened)
+    plain.packs_matrices = False  # type: ignore[misc]
+    layer = widened.encoder.layers[0].mlp
+    layer.fc1 = Adapter(layer.fc1).bfloat16()
+    plain.encoder.layers[0].mlp.fc1 = copy.deepcopy(layer.fc1)
+    ours, theirs = (many(one).last_hidden_state for one in (widened, plain))
+    assert float((ours.float() - theirs.float()).abs().median()) < 0.02
+
+
+def test_weights_given_back_in_the_middle_of_a_forward_in_bfloat16(
+    widened: NomicMoEModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = many(widened).last_hidden_state
+    calls = iter(range(100))
+    attention = cpu.attention
+
+    def interrupted(*inputs: object) -> Tensor:
+        if next(calls) == 1:
+            assert not any(one.isnan().any() for one in widened.parameters())
+        return attention(*inputs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(cpu, "attention", interrupted)
+    after = many(widened).last_hidden_state
+    assert float((after.float() - before.float()).abs().median()) < 0.02

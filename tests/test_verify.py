@@ -19,7 +19,7 @@ from torch import Tensor
 from nomoe import Encoder, NomicMoEConfig, NomicMoEModel, cli, data, model, synthetic, verify
 from nomoe.moe import Followed, MoE
 from nomoe.verify import Check, GoldenCase, golden_cases
-from nomoe_kernels import cpu, reference
+from nomoe_kernels import cpu, matrices, reference
 from tests import oracle
 
 Plant = Callable[[NomicMoEModel, pytest.MonkeyPatch], None]
@@ -340,9 +340,13 @@ def test_full_width_holds_in_float16(drawn_once: None) -> None:
 
 
 def test_full_width_holds_in_bfloat16(drawn_once: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    checks = verify.verify_golden(torch.device("cpu"), torch.bfloat16, "torch")
-    assert len(checks) == 8
-    assert not missed(checks)
+    # as on CPUs with and without products in bfloat16 that are worth it
+    for widens in (True, False):
+        monkeypatch.setattr(matrices, "_is_intel", lambda widens=widens: widens)
+        monkeypatch.setattr(matrices, "_has_amx", lambda: False)
+        checks = verify.verify_golden(torch.device("cpu"), torch.bfloat16, "torch")
+        assert len(checks) == 8
+        assert not missed(checks)
     run_plain_operations(monkeypatch)
     bias_inside_the_expert_loop(tiny(), monkeypatch)
     checks = verify.verify_golden(torch.device("cpu"), torch.bfloat16, "torch")

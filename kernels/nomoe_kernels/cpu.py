@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .matrices import Matrix, in_mkl, pack_weight
+from .matrices import Matrix, WideMatrix, in_mkl, pack_weight, widens
 from .reference import MoEWeights, Norm, embed, pool, rotary_angles, route
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "round_up",
     "rows_wanted",
     "supports",
+    "widens",
 ]
 
 # rows of one expert that go through both of its products before the next ones do
@@ -44,9 +45,11 @@ def supports(dtype: torch.dtype) -> bool:
     return dtype == torch.float32
 
 
-def linear(x_TI: Tensor, weight_OI: Matrix, bias_O: Tensor | None, *, gelu: bool = False) -> Tensor:
-    """As `reference.linear`, with a packed matrix."""
-    return weight_OI.linear(x_TI, bias_O, gelu=gelu)
+def linear(
+    x_TI: Tensor, weight_OI: Matrix | WideMatrix, bias_O: Tensor | None, *, gelu: bool = False
+) -> Tensor:
+    """As `reference.linear`, with a packed matrix; x is in its dtype or in float32."""
+    return weight_OI.for_rows(len(x_TI)).linear(x_TI, bias_O, gelu=gelu)
 
 
 def add_layer_norm(x_TD: Tensor, y_TD: Tensor, norm: Norm) -> Tensor:
@@ -55,7 +58,7 @@ def add_layer_norm(x_TD: Tensor, y_TD: Tensor, norm: Norm) -> Tensor:
 
 
 def _add_layer_norm(x_TD: Tensor, y_TD: Tensor, norm: Norm) -> Tensor:
-    sum_TD = y_TD.add_(x_TD) if y_TD.dtype == torch.float32 else x_TD.float().add_(y_TD)
+    sum_TD = y_TD.float().add_(x_TD)
     weight_D, bias_D = norm.weight_D.float(), norm.bias_D.float()
     return F.layer_norm(sum_TD, weight_D.shape, weight_D, bias_D, norm.eps)
 
@@ -131,7 +134,7 @@ def round_up(rows: int, sizes: int = 32) -> int:
 
 def rows_wanted(rows: int, dtype: torch.dtype, sizes: int = 32) -> int:
     """How many rows a product of so many should have: `round_up`, or as many where MKL runs it."""
-    return rows if in_mkl(dtype) else round_up(rows, sizes)
+    return rows if in_mkl(dtype) or widens(rows, dtype) else round_up(rows, sizes)
 
 
 def moe_block(
@@ -140,7 +143,7 @@ def moe_block(
     """As `reference.moe_block`; may overwrite y.
 
     w1_EDF and w2_EFD of the weights are sequences of packed matrices, (F, D) and (D, F), one of
-    each for an expert.
+    each for an expert; x is in their dtype or in float32.
     """
     w1_E: Any = moe.w1_EDF
     w2_E: Any = moe.w2_EFD
@@ -160,10 +163,11 @@ def moe_block(
     products = []
     starts = accumulate(counts[:-1], initial=0)
     for start, count, w1_FD, w2_DF in zip(starts, counts, w1_E, w2_E, strict=True):
+        up_FD, down_DF = w1_FD.for_rows(count), w2_DF.for_rows(count)
         for done in range(0, count, _ROWS_AT_ONCE):
             some = min(count - done, _ROWS_AT_ONCE)
-            rows = rows_RD[start + done :][: rows_wanted(some, x_TD.dtype, 16)]
-            products.append(linear(linear(rows, w1_FD, None, gelu=True), w2_DF, None)[:some])
+            rows = rows_RD[start + done :][: rows_wanted(some, moe.router_ED.dtype, 16)]
+            products.append(linear(linear(rows, up_FD, None, gelu=True), down_DF, None)[:some])
     # one row more for the bias, which every token adds to its own; float32 makes all float32
     products_RD = torch.cat([*products, moe.bias_D.float()[None]])
 
