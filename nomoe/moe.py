@@ -149,12 +149,14 @@ def activation_dtype(
 ) -> torch.dtype:
     """The dtype between the operations of a forward: the model's, or float32 where products are.
 
-    What stands in for a part of ours, an adapter say, is given the model's dtype.
+    What stands in for a part of ours, an adapter say, or hooks it, is given the model's dtype.
     """
     if ops is not cpu or not cpu.widens(tokens, dtype):
         return dtype
     is_own = all(
-        type(part).__module__.startswith(("nomoe.", "torch.nn.")) for part in layers.modules()
+        type(part).__module__.startswith(("nomoe.", "torch.nn."))
+        and not (part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part))
+        for part in layers.modules()
     )
     return torch.float32 if is_own else dtype
 

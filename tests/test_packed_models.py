@@ -406,14 +406,21 @@ def many(model: NomicMoEModel) -> NomicMoEOutput:
         return model.forward_packed(torch.arange(4, 204), [90, 110], output_hidden_states=True)
 
 
-def test_many_rows_in_bfloat16_are_rounded_at_the_end(widened: NomicMoEModel) -> None:
+def test_many_rows_in_bfloat16_are_rounded_at_the_end(
+    widened: NomicMoEModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen = []
-    widened.encoder.layers[1].attn.register_forward_pre_hook(
-        lambda part, inputs: seen.append(inputs[0].dtype)
-    )
+    attention = cpu.attention
+
+    def watched(qkv_T3NH: Tensor, packing: Any) -> Tensor:
+        seen.append(qkv_T3NH.dtype)
+        return attention(qkv_T3NH, packing)
+
+    monkeypatch.setattr(cpu, "attention", watched)
     embed(widened)
     ours = many(widened)
-    assert seen == [torch.bfloat16, torch.float32]
+    layers = widened.config.n_layer
+    assert seen == [torch.bfloat16] * layers + [torch.float32] * layers
     assert ours.hidden_states is not None
     assert {one.dtype for one in ours.hidden_states} == {torch.bfloat16}
     assert torch.equal(ours.last_hidden_state, ours.hidden_states[-1])
@@ -435,6 +442,20 @@ def test_what_stands_in_for_a_linear_gets_the_models_dtype(widened: NomicMoEMode
     plain.encoder.layers[0].mlp.fc1 = copy.deepcopy(layer.fc1)
     ours, theirs = (many(one).last_hidden_state for one in (widened, plain))
     assert float((ours.float() - theirs.float()).abs().median()) < 0.02
+
+
+def test_hooks_get_the_models_dtype_to_keep(widened: NomicMoEModel) -> None:
+    square = torch.eye(96, dtype=torch.bfloat16)
+    kept = []
+
+    def hook(part: nn.Module, inputs: object, out: Tensor) -> Tensor:
+        kept.append((out, out.clone()))
+        return out @ square
+
+    widened.encoder.layers[0].attn.register_forward_hook(hook)
+    many(widened)
+    [(one, copied)] = kept
+    assert torch.equal(one, copied)
 
 
 def test_weights_given_back_in_the_middle_of_a_forward_in_bfloat16(
