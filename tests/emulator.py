@@ -3,12 +3,13 @@
 What hardware leaves open is drawn at random: which warp goes on, and when asynchronous work is done
 (copies, tensor copies and products of warp groups, each some time between its start and the wait
 for it). So a barrier, a wait or a phase that is missing often shows in the result, or as a
-deadlock; not always. Shared memory starts as NaN. Loads and stores are checked (bounds, alignment),
-and that a barrier was made.
+deadlock; where it does not, `order` sees accesses that nothing orders, of warps to shared memory
+and of blocks to tensors. Shared memory starts as NaN. Loads and stores are checked (bounds,
+alignment), that a barrier was made, and that registers of products in flight are left alone.
 
-Not modelled: rounding within a tensor core (sums here are float32), approximations, fences but for
-those between a store and a product that reads it, limits on registers and on tensor maps, copies of
-one group out of their order, and what several blocks would do at once.
+Not modelled: rounding within a tensor core (sums here are float32), approximations, threads of a
+warp that are not in step, fences but for those before what a product or a tensor copy reads, limits
+on registers and on tensor maps, and copies of one group out of their order.
 Sources: NVIDIA's PTX ISA 8.7; for operands in shared memory CUTLASS's mma_sm90_desc.hpp.
 """
 
@@ -22,6 +23,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from tests.order import Clock, KernelError, Launched, Order
 from tests.ptx import (
     COLUMN,
     F32,
@@ -55,42 +57,57 @@ NOBODY = -1
 IMPATIENCE, PATIENCE = 20, 4000
 
 
-class KernelError(Exception):
-    """What would be undefined on a GPU, or never end."""
+class Part(NamedTuple):
+    """A tensor's bytes, from an address on, and who came to them in this launch."""
+
+    start: int
+    octets: np.ndarray
+    launched: Launched
 
 
 class Memory:
     """The bytes of tensors, at the addresses they have."""
 
     def __init__(self) -> None:
-        self._parts: list[tuple[int, np.ndarray]] = []
+        self._parts: list[Part] = []
+        # by address; tensors may lie in the same
+        self._storages: dict[int, Launched] = {}
 
-    def add(self, address: int, octets: np.ndarray) -> None:
-        self._parts.append((address, octets))
+    def add(self, address: int, octets: np.ndarray, storage: int, size: int) -> None:
+        """A tensor, which lies in a storage of so many bytes from an address on."""
+        launched = self._storages.setdefault(storage, Launched(size))
+        self._parts.append(Part(address, octets, launched.part(address - storage, len(octets))))
 
-    def place(self, addresses: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
-        """The tensor that holds all these accesses, and where in it they are."""
+    def place(self, addresses: np.ndarray, size: int) -> tuple[Part, np.ndarray]:
+        """The tensor that holds all these accesses, and where in it their bytes are."""
         first, last = int(addresses.min()), int(addresses.max()) + size
-        for start, part in self._parts:
-            if start <= first and last <= start + len(part):
-                return part, addresses - start
-        known = [(start, start + len(part)) for start, part in self._parts]
+        for part in self._parts:
+            if part.start <= first and last <= part.start + len(part.octets):
+                return part, (addresses - part.start)[..., None] + np.arange(size)
+        known = [(start, start + len(octets)) for start, octets, _ in self._parts]
         raise KernelError(f"{size} bytes at {first} to {last} are in no tensor of {known}")
 
-    def load(self, addresses: np.ndarray, size: int, threads: np.ndarray) -> np.ndarray:
+    def load(self, addresses: np.ndarray, size: int, threads: np.ndarray, block: int) -> np.ndarray:
         loaded = np.zeros((len(addresses), size), U8)
         if threads.any():
             _check_aligned(addresses[threads], size)
-            part, at = self.place(addresses[threads], size)
-            loaded[threads] = part[at[:, None] + np.arange(size)]
+            loaded[threads] = self.read(addresses[threads], size, block)
         return loaded
 
-    def store(self, addresses: np.ndarray, values: np.ndarray, threads: np.ndarray) -> None:
+    def read(self, addresses: np.ndarray, size: int, block: int) -> np.ndarray:
+        part, at = self.place(addresses, size)
+        part.launched.read(at, block)
+        return part.octets[at]
+
+    def store(
+        self, addresses: np.ndarray, values: np.ndarray, threads: np.ndarray, block: int
+    ) -> None:
         if threads.any():
             size = values.shape[1]
             _check_aligned(addresses[threads], size)
             part, at = self.place(addresses[threads], size)
-            part[at[:, None] + np.arange(size)] = values[threads]
+            part.launched.write(at, block)
+            part.octets[at] = values[threads]
 
 
 def _check_aligned(addresses: np.ndarray, size: int) -> None:
@@ -99,10 +116,13 @@ def _check_aligned(addresses: np.ndarray, size: int) -> None:
 
 
 class Pending:
-    """Asynchronous work of one warp, waited for in groups, oldest first."""
+    """Asynchronous work of one warp, waited for in groups, oldest first; an agent of its own."""
 
-    def __init__(self, lateness: float, chance: random.Random) -> None:
+    def __init__(self, lateness: float, chance: random.Random, clock: Clock, agent: int) -> None:
         self._lateness, self._chance = lateness, chance
+        self._clock, self.agent = clock, agent
+        # number of the group that is being started
+        self.time = 1
         self._group: list[Work] = []
         self._groups: deque[list[Work]] = deque()
 
@@ -116,9 +136,11 @@ class Pending:
     def commit(self) -> None:
         self._groups.append(self._group)
         self._group = []
+        self.time += 1
 
     def wait(self, groups: int) -> None:
         """Until at most so many groups are in flight."""
+        self._clock[self.agent] = max(self._clock[self.agent], self.time - 1 - groups)
         while len(self._groups) > groups:
             _do(self._groups.popleft())
 
@@ -139,8 +161,57 @@ class Warp:
         self.active = np.ones(32, bool)
         self.at: int = 0
         self.is_waiting = False
-        self.copies = Pending(block.lateness("copies"), block.chance)
-        self.products = Pending(block.lateness("products"), block.chance)
+        self.clock = block.order.clock()
+        self.clock[number] = 1
+        self.copies, self.products = (
+            Pending(block.lateness(kind), block.chance, self.clock, number + agent)
+            for kind, agent in (("copies", block.order.warps), ("products", 2 * block.order.warps))
+        )
+        # registers that products in flight write or read, by the group of the last; and those that
+        # other instructions wrote since products were fenced from them
+        self._sums: dict[int, int] = {}
+        self._factors: dict[int, int] = {}
+        self._unfenced = set(range(len(self.registers)))
+
+    @property
+    def time(self) -> int:
+        return int(self.clock[self.number])
+
+    def hear(self, clock: Clock) -> None:
+        """Know what another knows."""
+        np.maximum(self.clock, clock, out=self.clock)
+
+    def tell(self) -> Clock:
+        """What others may know from here on; what comes after is of a later time."""
+        told = self.clock.copy()
+        self.clock[self.number] += 1
+        return told
+
+    def touch(self, read: frozenset[int], written: frozenset[int]) -> None:
+        """Other instructions than products use these registers."""
+        if not self._sums.keys().isdisjoint(read | written):
+            raise KernelError("a register is used that a product in flight writes")
+        if not self._factors.keys().isdisjoint(written):
+            raise KernelError("a register is written that a product in flight reads")
+        self._unfenced |= written
+
+    def fence_products(self) -> None:
+        self._unfenced.clear()
+
+    def hold(self, sums: list[int], factors: list[int]) -> None:
+        """A product starts that uses these registers."""
+        if not self._unfenced.isdisjoint((*sums, *factors)):
+            raise KernelError("a product uses registers that it is not fenced from")
+        if not self._sums.keys().isdisjoint(factors):
+            raise KernelError("a product reads what one in flight writes")
+        self._sums |= dict.fromkeys(sums, self.products.time)
+        self._factors |= dict.fromkeys(factors, self.products.time)
+
+    def wait_products(self, groups: int) -> None:
+        self.products.wait(groups)
+        for held in (self._sums, self._factors):
+            for register in [r for r, group in held.items() if group < self.products.time - groups]:
+                del held[register]
 
     def branch(self, taken: np.ndarray, target: int, following: int) -> int:
         """The next run; where threads part, both ways are gone to where they meet."""
@@ -169,20 +240,33 @@ class Warp:
 
 
 class Barrier:
-    """An mbarrier: a phase ends when all have arrived, and all bytes that they said to expect."""
+    """An mbarrier: a phase ends when all have arrived, and all bytes that they said to expect.
 
-    def __init__(self, count: int) -> None:
+    Attributes:
+        agent: Of the tensor copies that tell it of their bytes.
+        time: Theirs, one for each phase.
+        clock: What was known at the end of the last phase.
+    """
+
+    def __init__(self, count: int, agent: int, clock: Clock) -> None:
         self.count = self.left = count
         self.bytes = self.phase = 0
+        self.agent, self.time = agent, int(clock[agent]) + 1
+        self.clock, self._coming = clock, clock.copy()
 
-    def arrive(self, amount: int, expected: int) -> None:
+    def arrive(self, amount: int, expected: int, clock: Clock | None = None) -> None:
         if amount > self.left:
             raise KernelError(f"{amount} arrive at a barrier that waits for {self.left}")
         self.left -= amount
         self.bytes += expected
+        if clock is not None:
+            np.maximum(self._coming, clock, out=self._coming)
         if not self.left and not self.bytes:
             self.left = self.count
             self.phase ^= 1
+            self._coming[self.agent] = self.time
+            self.clock = self._coming.copy()
+            self.time += 1
 
 
 class Block:
@@ -193,12 +277,14 @@ class Block:
         program: Program,
         memory: Memory,
         parameters: dict[str, int],
+        number: int,
         place: Sequence[int],
         grid: Sequence[int],
         shared: int,
         seed: str,
     ) -> None:
         self.program, self.memory, self.parameters = program, memory, parameters
+        self.number = number
         self.chance = random.Random(seed)
         self._lateness: dict[str, float] = {}
         self._size = shared
@@ -210,6 +296,10 @@ class Block:
         self._maps: dict[int, dict[Any, int]] = {}
         self._kept = np.zeros(len(self.shared), bool)
         self._published: dict[int, dict[Any, int]] = {}
+        # by whom, and when, tensor maps were published, and those were fenced in
+        self._publishers: dict[int, tuple[int, int]] = {}
+        self._fenced_maps: dict[int, list[tuple[int, int]]] = {}
+        self.order = Order(len(self.shared), program.threads // 32, program.barriers)
         self._tensor_copies: list[Work] = []
         special = {
             f"%{name}.{axis}": np.full(32, number, U32)
@@ -263,8 +353,11 @@ class Block:
             if missing < 0:
                 raise KernelError(f"more threads at barrier {number} than it waits for")
             if not missing:
-                for other in met.pop(number):
+                arrived = met.pop(number)
+                joint = np.maximum.reduce([other.tell() for other in arrived])
+                for other in arrived:
                     other.is_waiting = False
+                    other.hear(joint)
             return 0
         return vain
 
@@ -275,16 +368,20 @@ class Block:
             _check_aligned(addresses, size)
 
     def load_global(self, addresses: np.ndarray, size: int, threads: np.ndarray) -> np.ndarray:
-        return self.memory.load(addresses, size, threads)
+        return self.memory.load(addresses, size, threads, self.number)
 
     def store_global(
         self, warp: Warp, addresses: np.ndarray, values: Any, threads: np.ndarray
     ) -> None:
-        self.memory.store(addresses, np.concatenate(values, axis=1), threads)
+        self.memory.store(addresses, np.concatenate(values, axis=1), threads, self.number)
 
-    def load_shared(self, addresses: np.ndarray, size: int, threads: np.ndarray) -> np.ndarray:
+    def load_shared(
+        self, warp: Warp, addresses: np.ndarray, size: int, threads: np.ndarray
+    ) -> np.ndarray:
         self._check(addresses[threads], size)
-        return self.shared[np.where(threads, addresses, 0)[:, None] + np.arange(size)]
+        at = addresses[:, None] + np.arange(size)
+        self._read(warp, at[threads])
+        return self.shared[np.where(threads[:, None], at, 0)]
 
     def store_shared(
         self, warp: Warp, addresses: np.ndarray, values: Any, threads: np.ndarray
@@ -292,7 +389,15 @@ class Block:
         joined = np.concatenate(values, axis=1)
         at = addresses[threads]
         self._check(at, joined.shape[1])
-        self._write(at[:, None] + np.arange(joined.shape[1]), joined[threads], warp.number)
+        self._store(warp, at[:, None] + np.arange(joined.shape[1]), joined[threads])
+
+    def _read(self, warp: Warp, at: np.ndarray) -> None:
+        self.order.read(warp.clock, at, warp.number, warp.time)
+
+    def _store(self, warp: Warp, at: np.ndarray, octets: np.ndarray) -> None:
+        same = self.shared[at] == octets
+        self.order.write(warp.clock, at, warp.number, warp.time, same)
+        self._write(at, octets, warp.number)
 
     def _write(self, at: np.ndarray, octets: np.ndarray, storing: int = NOBODY) -> None:
         self.shared[at] = octets
@@ -312,12 +417,16 @@ class Block:
         """What a warp has stored may be read by asynchronous work."""
         self._storing[self._storing == warp.number] = NOBODY
 
-    def ldmatrix(self, rows: np.ndarray, count: int, transposed: bool) -> list[np.ndarray]:
+    def ldmatrix(
+        self, warp: Warp, rows: np.ndarray, count: int, transposed: bool
+    ) -> list[np.ndarray]:
         """Tiles of 8 rows of 16 bytes, whose addresses eight threads each give."""
         tiles = []
         for tile in rows[: 8 * count].reshape(count, 8):
             self._check(tile, 16)
-            numbers = self.shared[tile[:, None] + np.arange(16)].view(U16)
+            at = tile[:, None] + np.arange(16)
+            self._read(warp, at)
+            numbers = self.shared[at].view(U16)
             numbers = numbers.T if transposed else numbers
             tiles.append(pair(numbers[ROW, 2 * COLUMN], numbers[ROW, 2 * COLUMN + 1]))
         return tiles
@@ -329,7 +438,7 @@ class Block:
             self._check(tile, 16)
             numbers = octets(bits, U32).view(U16).reshape(8, 8)
             numbers = np.ascontiguousarray(numbers.T) if transposed else numbers
-            self._write(tile[:, None] + np.arange(16), numbers.view(U8), warp.number)
+            self._store(warp, tile[:, None] + np.arange(16), numbers.view(U8))
 
     def copy(
         self, warp: Warp, to: np.ndarray, of: np.ndarray, size: int, given: Any, threads: np.ndarray
@@ -338,32 +447,46 @@ class Block:
         is_read = threads & (given > 0)
         if ((given != 0) & (given != size)).any():
             raise KernelError("copies of a part")
+        self._check(to[threads], size)
+        at = to[threads][:, None] + np.arange(size)
+        self.order.write(warp.clock, at, warp.copies.agent, warp.copies.time)
 
         def work() -> None:
-            at, loaded = to[threads], self.memory.load(of, size, is_read)
-            self._check(at, size)
-            self._write(at[:, None] + np.arange(size), loaded[threads])
+            self._write(at, self.memory.load(of, size, is_read, self.number)[threads])
 
         warp.copies.start(work)
 
     def describe(
-        self, at: np.ndarray, field: tuple[Any, ...], value: Any, threads: np.ndarray
+        self, warp: Warp, at: np.ndarray, field: tuple[Any, ...], value: Any, threads: np.ndarray
     ) -> None:
         """Set a field of a tensor map in shared memory."""
         for address in at[threads].tolist():
             self._keep(address, MAP)
+            self.order.write(warp.clock, address + np.arange(MAP), warp.number, warp.time)
             self._maps.setdefault(address, {})[field] = int(np.broadcast_to(value, 32)[0])
 
-    def publish(self, of: np.ndarray, to: np.ndarray, threads: np.ndarray) -> None:
+    def publish(self, warp: Warp, of: np.ndarray, to: np.ndarray, threads: np.ndarray) -> None:
         """Copy a tensor map to global memory, from where it is used."""
         if threads.any():
-            self.memory.place(to[threads], 128)
+            self.memory.place(to[threads], MAP)
+            self._read(warp, of[0] + np.arange(MAP))
             if int(of[0]) not in self._maps:
                 raise KernelError(f"no tensor map at {of[0]}")
             self._published[int(to[0])] = dict(self._maps[int(of[0])])
+            self._publishers[int(to[0])] = (warp.number, warp.time)
+            self._fenced_maps[int(to[0])] = []
+
+    def fence_map(self, warp: Warp, of: np.ndarray, threads: np.ndarray) -> None:
+        """A tensor map that was published may be used by those who come after this."""
+        if threads.any():
+            used = int(of[0])
+            publisher, time = self._publishers.get(used, (warp.number, warp.time + 1))
+            if warp.clock[publisher] >= time:
+                self._fenced_maps[used].append((warp.number, warp.time))
 
     def copy_tensor(
         self,
+        warp: Warp,
         to: np.ndarray,
         tensor_map: np.ndarray,
         column: Any,
@@ -376,60 +499,78 @@ class Block:
             return
         (thread,) = np.flatnonzero(threads)
         first = (int(np.broadcast_to(row, 32)[thread]), int(np.broadcast_to(column, 32)[thread]))
-        fields = self._published[int(tensor_map[thread])]
-        start, told = int(to[thread]), int(barrier[thread])
-        self._tensor_copies.append(lambda: self._copy_box(fields, first, start, told))
-
-    def _copy_box(
-        self, fields: dict[Any, int], first: tuple[int, int], start: int, told: int
-    ) -> None:
+        used = int(tensor_map[thread])
+        fences = self._fenced_maps.get(used, [])
+        if not any(warp.clock[fencing] >= time for fencing, time in fences):
+            raise KernelError("a tensor map is used that was not fenced in")
+        fields = self._published[used]
+        told, start = self._barrier(warp, int(barrier[thread])), int(to[thread])
         size = ELEMENT[fields["elemtype",]]
         if fields["rank",] != 1 or fields["interleave_layout",]:
             raise KernelError("tensor maps of other than two dimensions")
-        rows = np.arange(fields["box_dim", 1])[:, None] + first[0]
-        octets_in = np.arange(fields["box_dim", 0] * size)[None, :] + first[1] * size
+        rows = np.arange(fields["box_dim", 1])[:, None]
+        octets_in = np.arange(fields["box_dim", 0] * size)[None, :]
         width = octets_in.shape[1]
-        inside = (rows >= 0) & (rows < fields["global_dim", 1]) & (octets_in >= 0)
-        inside &= octets_in < fields["global_dim", 0] * size
-        base, stride = fields["global_address",], fields["global_stride", 0]
-        if base % 16 or stride % 16 or start % 128:
-            raise KernelError("a tensor copy is not aligned")
-        box = np.zeros(inside.shape, U8)
-        if inside.any():
-            part, at = self.memory.place((base + rows * stride + octets_in)[inside], 1)
-            box[inside] = part[at]
-        at = start + np.arange(len(rows))[:, None] * width + np.arange(width)[None, :]
+        at = start + rows * width + octets_in
         mode = fields["swizzle_mode",]
         if mode:
             if width > SWIZZLED_MAP[mode]:
                 raise KernelError("a box is wider than its swizzle")
             at = swizzle(at, SWIZZLED_MAP[mode])
         self._check(at.reshape(-1), 1)
-        self._write(at, box)
-        self._barrier(told).arrive(0, -box.size)
+        rows, octets_in = rows + first[0], octets_in + first[1] * size
+        inside = (rows >= 0) & (rows < fields["global_dim", 1]) & (octets_in >= 0)
+        inside &= octets_in < fields["global_dim", 0] * size
+        base, stride = fields["global_address",], fields["global_stride", 0]
+        if base % 16 or stride % 16 or start % 128:
+            raise KernelError("a tensor copy is not aligned")
+        self.order.write(warp.clock, at, told.agent, told.time)
 
-    def _barrier(self, address: int) -> Barrier:
+        def work() -> None:
+            box = np.zeros(inside.shape, U8)
+            if inside.any():
+                of = (base + rows * stride + octets_in)[inside]
+                box[inside] = self.memory.read(of, 1, self.number)[:, 0]
+            self._write(at, box)
+            told.arrive(0, -box.size)
+
+        self._tensor_copies.append(work)
+
+    def _barrier(self, warp: Warp, address: int) -> Barrier:
+        self._read(warp, address + np.arange(BARRIER))
         if address not in self._barriers:
             raise KernelError(f"no barrier at {address}")
         return self._barriers[address]
 
-    def init(self, at: np.ndarray, count: int, threads: np.ndarray) -> None:
+    def init(self, warp: Warp, at: np.ndarray, count: int, threads: np.ndarray) -> None:
         for address in at[threads].tolist():
             self._keep(address, BARRIER)
-            self._barriers[address] = Barrier(count)
+            self.order.write(warp.clock, address + np.arange(BARRIER), warp.number, warp.time)
+            agent = self.order.barrier(address)
+            self._barriers[address] = Barrier(count, agent, warp.clock.copy())
 
-    def forget(self, at: np.ndarray, threads: np.ndarray) -> None:
-        for address in at[threads]:
-            self._barriers.pop(int(address), None)
+    def forget(self, warp: Warp, at: np.ndarray, threads: np.ndarray) -> None:
+        for address in at[threads].tolist():
+            self.order.write(warp.clock, address + np.arange(BARRIER), warp.number, warp.time)
+            self._barriers.pop(address, None)
 
-    def arrive(self, at: np.ndarray, amount: int, expects: bool, threads: np.ndarray) -> None:
-        for address in at[threads]:
-            barrier = self._barrier(int(address))
-            barrier.arrive(*((1, amount) if expects else (amount, 0)))
+    def arrive(
+        self, warp: Warp, at: np.ndarray, amount: int, expects: bool, threads: np.ndarray
+    ) -> None:
+        if not threads.any():
+            return
+        barriers = [self._barrier(warp, address) for address in at[threads].tolist()]
+        told = warp.tell()
+        for barrier in barriers:
+            barrier.arrive(*((1, amount) if expects else (amount, 0)), told)
 
-    def passed(self, at: np.ndarray, parity: Any) -> bool:
+    def passed(self, warp: Warp, at: np.ndarray, parity: Any) -> bool:
         """Whether the phase of a parity is over; of the parity the hardware reads one bit."""
-        return self._barrier(int(at[0])).phase != int(np.broadcast_to(parity, 32)[0]) & 1
+        barrier = self._barrier(warp, int(at[0]))
+        is_over = barrier.phase != int(np.broadcast_to(parity, 32)[0]) & 1
+        if is_over:
+            warp.hear(barrier.clock)
+        return is_over
 
     def multiply_group(
         self,
@@ -444,8 +585,15 @@ class Block:
         transposed: tuple[bool, bool],
     ) -> None:
         """wgmma: (64, inner) times (width, inner) transposed, of which a warp has 16 rows."""
-        is_sum, of_b = bool(np.broadcast_to(adds, 32)[0]), int(b[0])
-        of_a = None if isinstance(a, list) else int(warp.registers[a][0])
+        is_sum = bool(np.broadcast_to(adds, 32)[0])
+        of_b = self._operand(warp, int(b[0]), width, inner, kind, transposed[1])
+        if isinstance(a, list):
+            warp.hold(into, a)
+        else:
+            warp.hold(into, [])
+            rows_of_warp = slice(16 * (warp.number % 4), 16 * (warp.number % 4) + 16)
+            first = int(warp.registers[a][0])
+            of_a = self._operand(warp, first, 64, inner, kind, transposed[0], rows_of_warp)
 
         # of a register in each thread: two neighbours of a row, the same eight rows below, and on
         tile, place = np.divmod(np.arange(len(into))[:, None], 4)
@@ -453,14 +601,11 @@ class Block:
 
         def work() -> None:
             registers = warp.registers
-            right = self._operand(of_b, width, inner, kind, transposed[1])
             if isinstance(a, list):
                 left = fragment([registers[one] for one in a], kind, HALVES)
             else:
-                assert of_a is not None
-                first = 16 * (warp.number % 4)
-                left = self._operand(of_a, 64, inner, kind, transposed[0])[first : first + 16]
-            product = (left @ right.T)[rows, columns]
+                left = self._numbers(of_a, kind)
+            product = (left @ self._numbers(of_b, kind).T)[rows, columns]
             if is_sum:
                 product += np.stack([registers[one] for one in into]).view(F32)
             for one, bits in zip(into, product.view(U32), strict=True):
@@ -469,15 +614,22 @@ class Block:
         warp.products.start(work)
 
     def _operand(
-        self, descriptor: int, rows: int, inner: int, kind: str, transposed: bool
+        self,
+        warp: Warp,
+        descriptor: int,
+        rows: int,
+        inner: int,
+        kind: str,
+        transposed: bool,
+        part: slice = slice(None),
     ) -> np.ndarray:
-        """A matrix in shared memory, (rows, inner), as its descriptor says."""
+        """Where some rows of a matrix in shared memory, (rows, inner), are by its descriptor."""
         size = 4 if kind == "tf32" else 2
         start, leading, stride = (((descriptor >> bit) & 0x3FFF) << 4 for bit in (0, 16, 32))
         if descriptor >> 49 & 7:
             raise KernelError("descriptors with a base offset")
         wide = SWIZZLED.get(descriptor >> 62, 16)
-        row, column = np.arange(rows)[:, None], np.arange(inner)[None, :]
+        row, column = np.arange(rows)[part, None], np.arange(inner)[None, :]
         # eight rows of `wide` bytes lie together; a transposed matrix has its columns as such rows
         along, across = (row * size, column) if transposed else (column * size, row)
         if wide == 16 and transposed:
@@ -485,8 +637,14 @@ class Block:
         at = start + along % wide + along // wide * leading + across % 8 * wide
         at = swizzle(at + across // 8 * stride, wide)
         self._check(at.reshape(-1), size)
+        # the first byte of each stands for all, as none is written by halves
+        self.order.read(warp.clock, at, warp.products.agent, warp.products.time)
         if (self._storing[at] != NOBODY).any():
             raise KernelError("a product reads what was stored and not fenced")
+        return at
+
+    def _numbers(self, at: np.ndarray, kind: str) -> np.ndarray:
+        size = 4 if kind == "tf32" else 2
         return numbers_of(self.shared.view(U32 if size == 4 else U16)[at // size], kind)
 
 
@@ -522,4 +680,5 @@ def launch(kernel: Launch, memory: Memory, seed: int) -> None:
     random.Random(seed).shuffle(places)
     with np.errstate(all="ignore"):
         for number, place in enumerate(places):
-            Block(program, memory, parameters, place, grid, kernel.shared, f"{seed} {number}").run()
+            drawn = f"{seed} {number}"
+            Block(program, memory, parameters, number, place, grid, kernel.shared, drawn).run()

@@ -123,6 +123,7 @@ class Program:
         name: The kernel's.
         threads: Of one block.
         parameters: Names, in order.
+        barriers: How many instructions init one.
         code: A function of a warp for each run. It returns the number of the next run, -1 at the
             kernel's end, or a tuple that says what the warp waits for.
     """
@@ -131,6 +132,8 @@ class Program:
         self.name = _found(r"\.entry\s+(\w+)", text)
         self.threads = int(_found(r"\.reqntid\s+(\d+)", text))
         self.parameters = re.findall(r"\.param\s+\.\w+[^,)]*?(\w+_param_\d+)", text)
+        self.barriers = len(re.findall(r"mbarrier\.init", text))
+        self._has_groups = "wgmma" in text
         self._numbers: dict[str, int] = {}
         self._labels: dict[str, int] = {}
         self._runs: list[list[Statement]] = []
@@ -197,13 +200,30 @@ class Program:
 
     def _function(self, number: int) -> Callable[[Any], Any]:
         lines = ["def run(warp):", "  R, block = warp.registers, warp.block"]
+        names: dict[str, Any] = dict(globals())
+        # lines between products of warp groups
+        between: list[str] = []
+
+        def divide() -> None:
+            if between and self._has_groups:
+                read, written = f"READ{len(lines)}", f"WRITTEN{len(lines)}"
+                names[read], names[written] = used_registers(between)
+                lines.append(f"  warp.touch({read}, {written})")
+            lines.extend(f"  {line}" for line in between)
+            between.clear()
+
         for statement in self._runs[number]:
             try:
-                lines += [f"  {line}" for line in self._lines(statement, number + 1)]
+                translated = self._lines(statement, number + 1)
             except (KeyError, IndexError, TypeError, ValueError) as error:
                 written = f"{statement.opcode} {', '.join(statement.operands)}"
                 raise NotImplementedError(f"{self.name}: {written}") from error
-        names: dict[str, Any] = dict(globals())
+            if statement.opcode.startswith("wgmma"):
+                divide()
+                lines += [f"  {line}" for line in translated]
+            else:
+                between += translated
+        divide()
         exec("\n".join([*lines, f"  return {number + 1}"]), names)
         run: Callable[[Any], Any] = names["run"]
         return run
@@ -313,10 +333,10 @@ class Program:
     # how many registers a warp has is not modelled
     _setmaxnreg = _nothing
 
-    def _fence(self, opcode: str, operands: list[str], *rest: Any) -> list[str]:
+    def _fence(self, opcode: str, operands: list[str], threads: str, *rest: Any) -> list[str]:
         if opcode.startswith("fence.proxy.tensormap"):
-            return []
-        if not opcode.startswith("fence.proxy.async") or rest[1] is not None:
+            return [f"block.fence_map(warp, {self._address(operands[0])}, {threads})"]
+        if not opcode.startswith("fence.proxy.async") or rest[0] is not None:
             raise ValueError(opcode)
         return ["block.fence(warp)"]
 
@@ -361,9 +381,9 @@ class Program:
             return self._store(target, f"U64(block.parameters[{source[1:-1]!r}])", None)
         targets = vector(target)
         size = int(kind[1:]) // 8
-        lines = [
-            f"D = block.load_{space}({self._address(source)}, {size * len(targets)}, {threads})"
-        ]
+        warp = "warp, " if space == "shared" else ""
+        at = self._address(source)
+        lines = [f"D = block.load_{space}({warp}{at}, {size * len(targets)}, {threads})"]
         for at, one in enumerate(targets):
             value = f"D[:, {at * size}:{at * size + size}].copy().view({NUMPY[kind]})[:, 0]"
             lines += self._store(one, value, rest[0])
@@ -380,7 +400,8 @@ class Program:
     def _ldmatrix(self, opcode: str, operands: list[str], *rest: Any) -> list[str]:
         targets = vector(operands[0])
         transposed = ".trans" in opcode
-        lines = [f"D = block.ldmatrix({self._address(operands[1])}, {len(targets)}, {transposed})"]
+        rows = self._address(operands[1])
+        lines = [f"D = block.ldmatrix(warp, {rows}, {len(targets)}, {transposed})"]
         return lines + [
             line for at, one in enumerate(targets) for line in self._store(one, f"D[{at}]", None)
         ]
@@ -395,10 +416,9 @@ class Program:
         if opcode.startswith("cp.async.bulk.tensor.2d.shared"):
             descriptor, place = split(operands[1][1:-1])
             column, row = (self._source(one, "s32") for one in vector(place))
-            return [
-                f"block.copy_tensor({self._address(operands[0])}, R[{self._number(descriptor)}], "
-                f"{column}, {row}, {self._address(operands[2])}, {threads})"
-            ]
+            to, told = self._address(operands[0]), self._address(operands[2])
+            of = f"R[{self._number(descriptor)}], {column}, {row}"
+            return [f"block.copy_tensor(warp, {to}, {of}, {told}, {threads})"]
         if opcode in ("cp.async.bulk.commit_group", "cp.async.bulk.wait_group.read"):
             # of stores that no kernel here makes
             return []
@@ -419,22 +439,23 @@ class Program:
             *place, value = operands[1:]
             key = (opcode.split(".")[3], *(int(one, 0) for one in place))
             where = self._address(operands[0])
-            return [f"block.describe({where}, {key}, {self._source(value, kind)}, {threads})"]
+            return [f"block.describe(warp, {where}, {key}, {self._source(value, kind)}, {threads})"]
         of, to = self._address(operands[1]), self._address(operands[0])
-        return [f"block.publish({of}, {to}, {threads})"]
+        return [f"block.publish(warp, {of}, {to}, {threads})"]
 
     def _mbarrier(self, opcode: str, operands: list[str], threads: str, *rest: Any) -> list[str]:
         action = opcode.split(".")[1]
         if action == "init":
-            return [f"block.init({self._address(operands[0])}, {operands[1]}, {threads})"]
+            return [f"block.init(warp, {self._address(operands[0])}, {operands[1]}, {threads})"]
         if action == "inval":
-            return [f"block.forget({self._address(operands[0])}, {threads})"]
+            return [f"block.forget(warp, {self._address(operands[0])}, {threads})"]
         if action == "arrive":
             to, amount = self._address(operands[1]), (*operands, 1)[2]
-            return [f"block.arrive({to}, {amount}, {'expect_tx' in opcode}, {threads})"]
+            return [f"block.arrive(warp, {to}, {amount}, {'expect_tx' in opcode}, {threads})"]
         if action != "try_wait":
             raise ValueError(opcode)
-        done = f"block.passed({self._address(operands[1])}, {self._source(operands[2], 'b32')})"
+        at, parity = self._address(operands[1]), self._source(operands[2], "b32")
+        done = f"block.passed(warp, {at}, {parity})"
         complete = f"R[{self._number(operands[0])}]"
         return [f"{complete} = np.full(32, {done})", f"return 'try', {complete}[0], {rest[-1]}"]
 
@@ -454,11 +475,11 @@ class Program:
     def _wgmma(self, opcode: str, operands: list[str], *rest: Any) -> list[str]:
         action = opcode.split(".")[1]
         if action == "fence":
-            return []
+            return ["warp.fence_products()"]
         if action == "commit_group":
             return ["warp.products.commit()"]
         if action == "wait_group":
-            return [f"warp.products.wait({operands[0]})"]
+            return [f"warp.wait_products({operands[0]})"]
         width, inner, kind = re.findall(r"m64n(\d+)k(\d+)\.f32\.(\w+)\.", opcode)[0]
         target, a, b, scale, scale_a, scale_b, *transposed = operands
         if (scale_a, scale_b) != ("1", "1"):
@@ -486,6 +507,14 @@ def _found(pattern: str, text: str) -> str:
 def _kind(register: str) -> str:
     """A register's type, by its name."""
     return next((kind for name, kind in REGISTERS.items() if register.startswith(name)), "pred")
+
+
+def used_registers(lines: list[str]) -> tuple[frozenset[int], frozenset[int]]:
+    """The registers that translated instructions read, and those that they write."""
+    text = "\n".join(lines)
+    written = re.findall(r"(?m)^R\[(\d+)\] =", text)
+    read = re.findall(r"R\[(\d+)\](?! =)", text)
+    return frozenset(map(int, read)), frozenset(map(int, written))
 
 
 def split(operands: str) -> list[str]:
