@@ -162,23 +162,26 @@ def compare(
     ]  # fmt: skip
     not_run |= {peer.name: reason for peer in everyone if (reason := peer.available())}
     from_ids = [peer for peer in everyone if peer.name not in not_run]
-    from_strings = {}
-    for one in text_peers.PEERS:
-        if one.name not in not_run:
-            try:
-                from_strings[one.name] = one.load(setting)
-            # what others raise where they cannot run a checkpoint or a device
-            except (RuntimeError, ValueError, OSError, ImportError, SystemExit) as error:
-                if one is text_peers.NOMOE:
-                    raise
-                not_run[one.name] = f"it could not be loaded: {error}"
 
     tokenizer = Tokenizer(folder / TOKENIZER_FILE, config.embedding_rows)
     oracle = peers.PaddedLoop(config, exact)
     inputs = workload.Writer(tokenizer, SEED).inputs(scale)
-    first_ids = tokenizer(next(iter(inputs.values())), MOST_TOKENS).ids
+    first_texts = next(iter(inputs.values()))
+    first_ids = tokenizer(first_texts, MOST_TOKENS).ids
+    # whatever one of them raises must not take the others' figures along
+    from_strings = {}
+    for one in text_peers.PEERS:
+        if one.name not in not_run:
+            try:
+                encode = one.load(setting)
+                encode(first_texts)
+            except (Exception, SystemExit) as error:
+                if one is text_peers.NOMOE:
+                    raise
+                not_run[one.name] = f"it fails: {type(error).__name__}: {error}"
+            else:
+                from_strings[one.name] = encode
     for peer in list(from_ids):
-        # whatever one of them raises must not take the others' figures along
         try:
             peer(first_ids)
         except Exception as error:

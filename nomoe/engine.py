@@ -17,7 +17,7 @@ from __future__ import annotations
 import logging
 import threading
 from bisect import bisect_left
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any, NamedTuple, Protocol
@@ -54,6 +54,11 @@ BATCH_TOKENS = {"cpu": 4096, "cuda": 65_536}
 _LEAST_BATCH_TOKENS = 512
 # torch gives memory back in no thread while another records, on whichever device
 _RECORDING = threading.Lock()
+# recordings that were broken off, which torch's allocators may still ask
+_BROKEN: list[torch.cuda.CUDAGraph] = []
+# recordings of a bucket that may fail before no more are tried: what failed may have been somebody
+# else's doing, who waited for the whole device meanwhile, or took its memory
+_TRIES = 3
 # of the free memory, the share that a batch may take: the rest is for fragmentation and others
 _MEMORY_SHARE = 0.8
 
@@ -117,8 +122,9 @@ class CudaRecorder:
         self._device = device
         self._pool = torch.cuda.graph_pool_handle()
         self._alive: WeakSet[_CudaRecording] = WeakSet()
-        # a pool's memory goes by stream: one for all, and they share it
-        self._stream = torch.cuda.Stream(device)
+        # a pool's memory goes by stream: one for all, and they share it. Torch has 32 of the usual
+        # priority and hands them out in turn, so that a user's might be this very one
+        self._stream = torch.cuda.Stream(device, priority=-1)
         self._done = torch.cuda.Event()
 
     @contextmanager
@@ -136,7 +142,7 @@ class CudaRecorder:
         self._done.synchronize()
 
     def record(self, step: Callable[[], None]) -> Recording:
-        """As `Recorder.record`; waits for the device."""
+        """As `Recorder.record`; waits for what the caller queued."""
         caller = torch.cuda.current_stream(self._device)
         graph = torch.cuda.CUDAGraph()
         if not self._alive:
@@ -147,12 +153,16 @@ class CudaRecorder:
                 _RECORDING,
                 torch.cuda.device(self._device),
                 torch.cuda.stream(self._stream),
+                # what torch keeps for recordings is made once, and may be asked for outside
+                torch.inference_mode(False),
+                torch.no_grad(),
             ):
                 self._stream.wait_stream(caller)
                 # compiles kernels and fills caches, which may not happen while recording
                 step()
-                # while recording, torch cannot give memory back to make room
-                torch.cuda.synchronize()
+                # while recording, torch cannot give memory back to make room. Not the whole device:
+                # that would break off what a user records in another thread
+                self._stream.synchronize()
                 torch.cuda.empty_cache()
                 with _own_cublas_workspaces():
                     self._capture(graph, step)
@@ -177,7 +187,20 @@ class CudaRecorder:
             with suppress(RuntimeError):
                 torch._C._cuda_endAllocateToPool(self._stream.device_index, self._pool)
                 torch._C._cuda_releasePool(self._stream.device_index, self._pool)
+                self._recover(graph)
             raise
+
+    def _recover(self, graph: torch.cuda.CUDAGraph) -> None:
+        """Mend what torch 2.11 leaves behind of a recording that was broken off."""
+        # its allocator of pinned memory goes on recording, which nothing ends: for another pool it
+        # starts anew
+        _BROKEN.append(graph)
+        self._alive = WeakSet()
+        # its random numbers are refused until a recording ends well
+        nothing = torch.cuda.CUDAGraph()
+        nothing.capture_begin(capture_error_mode="thread_local")
+        torch.cuda._sleep(1)
+        nothing.capture_end()
 
 
 @contextmanager
@@ -260,7 +283,8 @@ class _Snapshot:
             model.device,
             model.dtype,
             model.backend.takes_tables,
-            torch.get_float32_matmul_precision(),
+            # the older names of it raise where a user has set the newer ones
+            torch.backends.cuda.matmul.fp32_precision,
         )
 
 
@@ -312,9 +336,9 @@ class Engine:
         self._snapshot: _Snapshot | None = None
         self._buffers: _Buffers | None = None
         self._recordings: OrderedDict[_Key, Recording] = OrderedDict()
-        # met once, not recorded yet; and those that could not be
+        # met once, not recorded yet; and how often those were tried in vain that could not be
         self._met: set[_Key] = set()
-        self._refused: set[_Key] = set()
+        self._refused: Counter[_Key] = Counter()
 
     @property
     def recordings(self) -> list[Bucket]:
@@ -450,7 +474,7 @@ class Engine:
             if key not in self._recordings and not record and key not in self._met:
                 self._met.add(key)
                 return None
-            if key in self._refused:
+            if self._refused[key] == _TRIES:
                 return None
             layout = self._layout_in(key.bucket)
             try:
@@ -461,7 +485,9 @@ class Engine:
                     self._recorded(key, layout).replay()
                     return _fetch(buffers.vectors[: len(lengths), : key.pooling.dim], to_host, True)
             except _RefusedError as refusal:
-                self._refused.add(key)
+                self._refused[key] += 1
+                if self._refused[key] < _TRIES:
+                    return None
                 reason = str(refusal)
         logger.warning(
             "batches of up to %d tokens in %d texts cannot be recorded, and are launched kernel by "

@@ -598,7 +598,8 @@ class NomicMoEModel(nn.Module):
             self.dtype,
         )
         x_TD = self.embeddings(ids_T.long(), self.emb_ln, ops)
-        hidden = [x_TD[:tokens]]
+        # what nobody asks for is given back before the layers need room
+        hidden = [x_TD[:tokens]] if output_hidden_states else []
         x_TD = x_TD.to(activation_dtype(ops, len(ids_T), self.dtype, self.encoder))
         routings = []
         for layer in self.encoder.layers:

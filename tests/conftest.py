@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -41,6 +42,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(no_gpu)
         if "hub" in item.keywords and "hub" not in config.option.markexpr:
             item.add_marker(no_hub)
+
+
+def pytest_runtest_teardown(item: pytest.Item) -> None:
+    """End the process where a kernel has made the device unusable, and with it every later test."""
+    if "gpu" in item.keywords and torch.cuda.is_initialized():
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError as error:
+            print(f"{item.nodeid} broke the device: {error}", file=sys.__stderr__, flush=True)
+            os._exit(1)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -86,3 +86,16 @@ def encode(config: NomicMoEConfig, state: Mapping[str, Tensor], ids: list[int]) 
         x = layer_norm(x + y, w[p + "norm2.weight"], w[p + "norm2.bias"], eps)
         hidden.append(x)
     return Answer(hidden, probabilities)
+
+
+def rms_of(values: Tensor) -> float:
+    return values.double().square().mean().sqrt().item()
+
+
+def most_error(plain: Tensor, exact: Tensor, terms: int) -> float:
+    """What a product of so many terms may be off by: half as much again as cuBLAS.
+
+    For a few rows in float32 cuBLAS adds up many short sums. One long sum, rounded after each of
+    its n terms, may be off by sqrt(n) roundings, 2**-24 each.
+    """
+    return max(1.5 * rms_of(plain - exact), terms**0.5 * 2**-24 * rms_of(exact))

@@ -12,6 +12,7 @@ from triton.runtime.interpreter import interpreter_builder
 
 from nomoe_kernels import configs, fused, launch, reference
 from nomoe_kernels.configs import Tile
+from tests.oracle import most_error, rms_of
 from tests.test_fused_ops import BOUNDS, CUDA, DEVICE, DTYPES, poisoned
 
 __all__ = ["poisoned"]
@@ -90,19 +91,16 @@ def test_linear(
 def test_error_is_that_of_plain_torch(dtype: torch.dtype) -> None:
     x_TI, weight_OI, bias_O = draw(37, 768, 96, dtype)
     exact_TO = exact_linear(x_TI, weight_OI, bias_O, True)
+    plain_TO = reference.linear(x_TI, weight_OI, bias_O, gelu=True)
     rms = {
-        name: (out_TO - exact_TO).square().mean().sqrt()
-        for name, out_TO in {
-            "torch": reference.linear(x_TI, weight_OI, bias_O, gelu=True),
-            **{
-                kernel: fused.linear(x_TI, weight_OI, bias_O, gelu=True, tile=tile)
-                for kernel, tile in tiles_of(dtype).items()
-            },
-        }.items()
+        kernel: rms_of(fused.linear(x_TI, weight_OI, bias_O, gelu=True, tile=tile) - exact_TO)
+        for kernel, tile in tiles_of(dtype).items()
     }
-    # one rounding where torch has two
-    most = 1.5 if dtype == torch.float32 else 0.95
-    assert all(one <= most * rms["torch"] for name, one in rms.items() if name != "torch"), rms
+    # in 16 bits one rounding where torch has two
+    most = (1.5 if dtype == torch.float32 else 0.95) * rms_of(plain_TO - exact_TO)
+    if CUDA and dtype == torch.float32:
+        most = most_error(plain_TO, exact_TO, 768)
+    assert all(one <= most for one in rms.values()), (rms, most)
 
 
 @pytest.mark.skipif(CUDA, reason="turns the interpreter's own grid around")

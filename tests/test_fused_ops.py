@@ -9,7 +9,11 @@ from __future__ import annotations
 
 import itertools
 import math
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -23,6 +27,7 @@ from nomoe_kernels import configs, fused, launch, products, reference
 from nomoe_kernels.configs import Plan, Tile
 from nomoe_kernels.reference import MoEWeights, Norm, Pooling
 from nomoe_kernels.tune import Layer
+from tests.oracle import most_error, rms_of
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
@@ -156,21 +161,36 @@ def test_layer(case: Case, kernel: str, dtype: torch.dtype) -> None:
     assert error < BOUNDS[dtype]
 
 
+def test_one_thread_launches_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton may give another one a kernel that is not loaded yet."""
+    monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
+    on_gpu: Any = SimpleNamespace(is_cuda=True, device=None)
+    launching = []
+
+    def work() -> None:
+        with launch.on(on_gpu), launch.on(on_gpu):
+            launching.append(True)
+            time.sleep(0.01)
+            assert launching.pop()
+            assert not launching
+
+    with ThreadPoolExecutor(4) as pool:
+        for done in [pool.submit(work) for _ in range(4)]:
+            done.result()
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_error_is_that_of_plain_torch(dtype: torch.dtype) -> None:
     layer = make_layer(Case(37, ffn_width=192), dtype)
     exact_TD = exact_layer(layer)[0]
+    plain_TD = reference.moe_layer(*layer)[0]
     rms = {
-        name: (out_TD - exact_TD).square().mean().sqrt()
-        for name, out_TD in {
-            "torch": reference.moe_layer(*layer)[0],
-            **{
-                kernel: fused.run_layer(*layer, tiles=tiles)[0]
-                for kernel, tiles in plans_of(dtype).items()
-            },
-        }.items()
+        kernel: rms_of(fused.run_layer(*layer, tiles=tiles)[0] - exact_TD)
+        for kernel, tiles in plans_of(dtype).items()
     }
-    assert all(one <= 1.5 * rms["torch"] for one in rms.values()), rms
+    is_float32 = CUDA and dtype == torch.float32
+    most = most_error(plain_TD, exact_TD, 192) if is_float32 else 1.5 * rms_of(plain_TD - exact_TD)
+    assert all(one <= most for one in rms.values()), (rms, most)
 
 
 @pytest.mark.usefixtures("poisoned")

@@ -14,6 +14,7 @@ from nomoe import Encoder, data
 from nomoe.verify import verify_golden
 from nomoe_kernels import reference
 from nomoe_kernels.reference import Pooling
+from tests.oracle import most_error, rms_of
 from tests.test_attention_ops import draw, exact_attention, off
 from tests.test_fused_ops import BOUNDS, Layer, exact_layer
 
@@ -86,19 +87,6 @@ def moe_layer(x_TD: Tensor, *weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     from nomoe_kernels import fused
 
     return fused.moe_layer(x_TD, *weights, K)
-
-
-def rms_of(values: Tensor) -> float:
-    return values.double().square().mean().sqrt().item()
-
-
-def most_error(plain: Tensor, exact: Tensor, terms: int) -> float:
-    """What a product of so many terms may be off by: half as much again as cuBLAS.
-
-    For a few rows in float32 cuBLAS adds up many short sums. One long sum, rounded after each of
-    its n terms, may be off by sqrt(n) roundings, 2**-24 each.
-    """
-    return max(1.5 * rms_of(plain - exact), terms**0.5 * 2**-24 * rms_of(exact))
 
 
 @pytest.mark.parametrize("count", [1, 7, 64, 129, 500, 1000, 3000, 20_000])

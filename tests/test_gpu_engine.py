@@ -22,8 +22,10 @@ from nomoe.engine import Bucket, CudaRecorder, Engine, Pooling
 pytestmark = pytest.mark.gpu
 
 POOLING = Pooling(768, False, True)
-# 1 - cosine of a text: at most where no expert flips, and where one does; see nomoe verify
+# 1 - cosine of a text: at most where no expert flips, and where one does; see nomoe verify. The
+# fewer tokens, the further one flip moves a text: some 0.05 of one token, up to 0.2 seen
 ALIKE = {torch.float32: (1e-9, 1e-5), torch.float16: (5e-6, 1e-4), torch.bfloat16: (2e-3, 2e-2)}
+SHORT, WORST_SHORT = 64, 0.3
 # of fewer texts, a flip may move the median
 MOST_FEW = 8
 # one query, its lengths; one long text; batches; texts that differ; more texts than a power of four
@@ -57,24 +59,34 @@ def distances_of(got: Tensor, expected: Tensor) -> Tensor:
     return 1 - torch.nn.functional.cosine_similarity(got.double(), expected.double())
 
 
-def check_alike(got: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
+def check_alike(
+    got: Tensor, expected: Tensor, dtype: torch.dtype, lengths: list[int]
+) -> list[float]:
+    """Check that vectors are of the same texts; what is left is 1 - cosine of each."""
     assert got.shape == expected.shape
     distances = distances_of(got, expected)
     usual, worst = ALIKE[dtype]
     if len(distances) > MOST_FEW:
         assert distances.median() <= usual
-    assert distances.max() <= worst
+    for length, distance in zip(lengths, distances.tolist(), strict=True):
+        is_short = length < SHORT and dtype != torch.float32
+        assert distance <= (WORST_SHORT if is_short else worst), length
+    return distances.tolist()
 
 
 @pytest.mark.parametrize("to_host", [True, False])
 def test_a_replay_is_the_forward(model: NomicMoEModel, to_host: bool) -> None:
     runner = Engine(model)
+    distances = []
     for repeat in range(3):
         for shape, lengths in enumerate(SHAPES):
             ids = ids_of(model, sum(lengths), seed=100 * repeat + shape)
             got = runner.embed(ids, lengths, POOLING, to_host=to_host)()
             assert got.is_cuda != to_host
-            check_alike(got.cpu(), eager(model, ids, lengths), model.dtype)
+            expected = eager(model, ids, lengths)
+            distances += check_alike(got.cpu(), expected, model.dtype, lengths)
+    # few flip
+    assert np.mean(np.array(distances) > ALIKE[model.dtype][0]) <= 0.05
     met = {engine.bucket_of(sum(lengths), len(lengths)) for lengths in SHAPES}
     assert set(runner.recordings) == met
 
@@ -108,7 +120,7 @@ def test_nobody_waits_for_the_device(model: NomicMoEModel, lengths: list[int]) -
         pending = both()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    check_alike(pending(), eager(model, ids, lengths), model.dtype)
+    check_alike(pending(), eager(model, ids, lengths), model.dtype, lengths)
 
 
 def test_the_padded_door_waits_once(model: NomicMoEModel) -> None:
@@ -132,18 +144,20 @@ def test_batches_queue_up_before_the_first_is_done(model: NomicMoEModel) -> None
     lengths = [512] * 40
     ids = ids_of(model, sum(lengths))
     runner = Engine(model)
-    # two at once, so that memory for two is at hand from here on
-    for one in [runner.embed(ids, lengths, POOLING, to_host=True) for _ in range(2)]:
-        expected = one().clone()
-    del one
-    # the device is kept busy long enough for the host to run ahead
-    torch.cuda._sleep(500_000_000)
-    done = torch.cuda.Event()
-    done.record()
-    pending = [runner.embed(ids, lengths, POOLING, to_host=True) for _ in range(2)]
-    assert not done.query(), "both were queued while the device was still at what came before"
-    for one in pending:
-        assert torch.equal(one(), expected)
+    # compiles
+    expected = runner.embed(ids, lengths, POOLING, to_host=True)().clone()
+    # the first time gets memory for two batches, on the device and pinned, for which it may wait
+    for _ in range(2):
+        # the device is kept busy long enough for the host to run ahead
+        torch.cuda._sleep(2_000_000_000)
+        done = torch.cuda.Event()
+        done.record()
+        pending = [runner.embed(ids, lengths, POOLING, to_host=True) for _ in range(2)]
+        in_time = not done.query()
+        for one in pending:
+            assert torch.equal(one(), expected)
+        del one, pending
+    assert in_time, "both were queued while the device was still at what came before"
 
 
 def test_a_users_stream(model: NomicMoEModel) -> None:
@@ -159,7 +173,7 @@ def test_a_users_stream(model: NomicMoEModel) -> None:
             torch.cuda._sleep(2_000_000 * (turn % 3))
             pending.append(runner.embed(one, [50], POOLING, to_host=turn % 2 == 0))
     for got, expected in zip(pending, right, strict=True):
-        check_alike(got().cpu(), expected, model.dtype)
+        check_alike(got().cpu(), expected, model.dtype, [50])
 
 
 @pytest.mark.parametrize("prepared", [True, False])
@@ -181,7 +195,7 @@ def test_two_threads(model: NomicMoEModel, prepared: bool) -> None:
                         length = 20 + 9 * seed
                         ids = ids_of(model, length, seed)
                         got = runner.embed(ids, [length], POOLING, to_host=True)()
-                        check_alike(got, right[seed], model.dtype)
+                        check_alike(got, right[seed], model.dtype, [length])
         except BaseException as failure:
             failures.append(failure)
 
@@ -258,10 +272,22 @@ def test_a_recording_that_fails_is_not_the_last(broken_off: bool) -> None:
             recording.replay()
         # both steps ran once before they were recorded
         assert x.tolist() == [3.0 * attempt] * 8
+        # which torch refuses in the same case
+        torch.rand(8, device="cuda")
+        torch.empty(8, pin_memory=True)
         if attempt == 2:
             # its pool is left by all, and by none in the other turns
             recording.release()
             del recording
+
+
+def test_recording_in_inference_mode_comes_and_goes() -> None:
+    recorder = CudaRecorder(torch.device("cuda", torch.cuda.current_device()))
+    x = torch.zeros(8, device="cuda")
+    for attempt in range(1, 5):
+        with torch.inference_mode(attempt % 2 == 1):
+            recorder.record(lambda: x.add_(1)).replay()
+        assert x.tolist() == [2.0 * attempt] * 8
 
 
 def test_changed_weights_are_not_replayed(full_width: NomicMoEModel) -> None:
@@ -279,10 +305,10 @@ def test_changed_weights_are_not_replayed(full_width: NomicMoEModel) -> None:
         {name: one.clone() * 1.1 for name, one in model.state_dict().items()}, assign=True
     )
     after, expected = both()
-    check_alike(after, expected, torch.float16)
+    check_alike(after, expected, torch.float16, [16])
     assert (after - before).abs().max() > 1e-3
     model.to(torch.float32)
-    check_alike(*both(), torch.float32)
+    check_alike(*both(), torch.float32, [16])
 
 
 def test_forward_packed_in_a_graph_of_ones_own(model: NomicMoEModel) -> None:

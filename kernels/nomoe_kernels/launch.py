@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
+from threading import RLock
 from typing import Any
 
 import torch
@@ -14,6 +16,9 @@ from . import packed, products, routing
 from .configs import AttentionTile, Device, Tile, device_of, supports
 from .reference import Norm, Pooling
 
+# Triton shows a kernel to other threads before the driver has loaded it
+# (https://github.com/triton-lang/triton/pull/11518)
+LAUNCHING = RLock()
 # programs that share the routing of a batch: four to a multiprocessor of an H200
 ROUTING_PROGRAMS = 528
 
@@ -317,6 +322,11 @@ def device(device: torch.device) -> Device:
     return device_of(device)
 
 
-def on(tensor: Tensor) -> AbstractContextManager[object]:
-    """Launch on the tensor's device, which need not be the current one."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+@contextmanager
+def on(tensor: Tensor) -> Iterator[None]:
+    """Launch on the tensor's device, which need not be the current one; one thread at a time."""
+    if tensor.is_cuda:
+        with LAUNCHING, torch.cuda.device(tensor.device):
+            yield
+    else:
+        yield
