@@ -166,7 +166,11 @@ class Replay(Generic[Output]):
 
 
 def captured(run: Callable[[], Output]) -> Replay[Output]:
-    """Record a run as a CUDA graph."""
+    """Record a run as a CUDA graph.
+
+    Raises:
+        SystemExit: It cannot be recorded, after which torch cannot be relied on to time others.
+    """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -174,8 +178,11 @@ def captured(run: Callable[[], Output]) -> Replay[Output]:
         run()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        output = run()
+    try:
+        with torch.cuda.graph(graph):
+            output = run()
+    except Exception as error:
+        raise SystemExit(f"a CUDA graph could not be recorded: {error}") from error
     return Replay(graph, output, run)
 
 

@@ -166,7 +166,8 @@ def moe_block(
         up_FD, down_DF = w1_FD.for_rows(count), w2_DF.for_rows(count)
         for done in range(0, count, _ROWS_AT_ONCE):
             some = min(count - done, _ROWS_AT_ONCE)
-            rows = rows_RD[start + done :][: rows_wanted(some, w1_FD.packed.dtype, 16)]
+            first = start + done
+            rows = rows_RD[first : first + rows_wanted(some, w1_FD.packed.dtype, 16)]
             products.append(linear(linear(rows, up_FD, None, gelu=True), down_DF, None)[:some])
     # one row more for the bias, which every token adds to its own; float32 makes all float32
     products_RD = torch.cat([*products, moe.bias_D.float()[None]])
