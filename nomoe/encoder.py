@@ -352,7 +352,8 @@ class Encoder:
         **options: Any,
     ) -> Any:
         """Embed queries: `encode`, its parameters too, with the prompt "query" by default."""
-        return self.encode(inputs, prompt_name or "query", prompt, *arguments, **options)
+        name = "query" if prompt_name is None else prompt_name
+        return self.encode(inputs, name, prompt, *arguments, **options)
 
     def encode_document(
         self,
@@ -363,7 +364,8 @@ class Encoder:
         **options: Any,
     ) -> Any:
         """Embed documents: `encode`, its parameters too, with the prompt "document" by default."""
-        return self.encode(inputs, prompt_name or "document", prompt, *arguments, **options)
+        name = "document" if prompt_name is None else prompt_name
+        return self.encode(inputs, name, prompt, *arguments, **options)
 
     def stream(
         self,
@@ -555,6 +557,8 @@ def _as_list(inputs: str | Sequence[str]) -> list[str]:
     if isinstance(inputs, str):
         inputs = [inputs]
     sequence = hasattr(inputs, "__len__") and hasattr(inputs, "__getitem__")
+    # an array of no dimension has both, and no length
+    sequence = sequence and getattr(inputs, "ndim", 1) > 0
     if not sequence or _is_table(inputs) or isinstance(inputs, bytes | bytearray):
         raise TypeError(
             f"inputs is {type(inputs).__name__}, expected a str or a sequence of str; stream() "

@@ -122,9 +122,8 @@ class CudaRecorder:
         self._device = device
         self._pool = torch.cuda.graph_pool_handle()
         self._alive: WeakSet[_CudaRecording] = WeakSet()
-        # a pool's memory goes by stream: one for all, and they share it. Torch has 32 of the usual
-        # priority and hands them out in turn, so that a user's might be this very one
-        self._stream = torch.cuda.Stream(device, priority=-1)
+        # a pool's memory goes by stream: one for all, and they share it
+        self._stream = torch.cuda.Stream(device)
         self._done = torch.cuda.Event()
 
     @contextmanager
@@ -199,8 +198,10 @@ class CudaRecorder:
         # its random numbers are refused until a recording ends well
         nothing = torch.cuda.CUDAGraph()
         nothing.capture_begin(capture_error_mode="thread_local")
-        torch.cuda._sleep(1)
-        nothing.capture_end()
+        try:
+            torch.cuda._sleep(1)
+        finally:
+            nothing.capture_end()
 
 
 @contextmanager
@@ -418,7 +419,10 @@ class Engine:
             if at_most < texts or bucket is None or bucket.tokens < tokens:
                 continue
             batch = _even_batch(at_most, texts)
-            if self._replay(_Key(bucket, pooling), *batch, False, record=True) is None:
+            key = _Key(bucket, pooling)
+            # as often as it takes to know that it cannot be recorded
+            tries = (self._replay(key, *batch, False, record=True) for _ in range(_TRIES))
+            if all(replayed is None for replayed in tries):
                 self.embed(*batch, pooling, to_host=False)()
         if bucket_of(most, texts) is None:
             tokens = max(texts, min(most, budget))

@@ -562,6 +562,8 @@ class NomicMoEModel(nn.Module):
             needs_parameters = torch.is_grad_enabled() and any(
                 one.requires_grad for _, one in super().named_parameters()
             )
+            # an optimizer is about to step, which would find no numbers
+            needs_parameters |= any(part.has_gradients for part in self._packables)
             ops = None if needs_parameters else cpu_ops(self.dtype)
         with LAYING_OUT:
             for part in self._packables:

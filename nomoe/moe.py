@@ -300,6 +300,12 @@ class Packable(nn.Module):
                 parameter = self.get_parameter(name)
                 parameter.data = parameter.new_full((), torch.nan).expand(parameter.shape)
 
+    @property
+    def has_gradients(self) -> bool:
+        """Whether a parameter that would be packed has one."""
+        parameters = (self._parameters.get(name) for name in self.packable)
+        return any(one is not None and one.grad is not None for one in parameters)
+
     def _has_its_parameters(self) -> bool:
         if all(name in self._parameters for name in self.packable):
             return True

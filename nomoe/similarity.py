@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -52,6 +53,9 @@ def _unit_rows(embeddings1: Any, embeddings2: Any) -> tuple[Tensor, Tensor]:
     for given in (embeddings1, embeddings2):
         if isinstance(given, list) and given and isinstance(given[0], Tensor):
             given = torch.stack(given)
+        elif isinstance(given, list) and given and isinstance(given[0], np.ndarray):
+            # of which torch takes one at a time
+            given = np.stack(given)
         tensor = torch.as_tensor(given).float()
         if tensor.dim() == 1:
             tensor = tensor[None]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import logging
 import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -50,8 +49,10 @@ def pytest_runtest_teardown(item: pytest.Item) -> None:
         try:
             torch.cuda.synchronize()
         except RuntimeError as error:
-            print(f"{item.nodeid} broke the device: {error}", file=sys.__stderr__, flush=True)
-            os._exit(1)
+            if "PYTEST_XDIST_WORKER" in os.environ:
+                # its controller says during which test, and starts another
+                os._exit(1)
+            pytest.exit(f"{item.nodeid} broke the device: {error}", returncode=1)
 
 
 @pytest.fixture(scope="session", autouse=True)

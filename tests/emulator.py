@@ -167,9 +167,10 @@ class Warp:
             Pending(block.lateness(kind), block.chance, self.clock, number + agent)
             for kind, agent in (("copies", block.order.warps), ("products", 2 * block.order.warps))
         )
-        # registers that products in flight write or read, by the group of the last; and those that
-        # other instructions wrote since products were fenced from them
-        self._sums: dict[int, int] = {}
+        # registers that products in flight write (the group of the last, and which of its sums it
+        # is) or read (the group); and those that other instructions wrote since products were
+        # fenced from them
+        self._sums: dict[int, tuple[int, int]] = {}
         self._factors: dict[int, int] = {}
         self._unfenced = set(range(len(self.registers)))
 
@@ -204,14 +205,18 @@ class Warp:
             raise KernelError("a product uses registers that it is not fenced from")
         if not self._sums.keys().isdisjoint(factors):
             raise KernelError("a product reads what one in flight writes")
-        self._sums |= dict.fromkeys(sums, self.products.time)
+        if not self._factors.keys().isdisjoint(sums):
+            raise KernelError("a product writes what one in flight reads")
+        if any(self._sums.get(one, (0, at))[1] != at for at, one in enumerate(sums)):
+            raise KernelError("a product adds to sums in flight of another shape")
+        self._sums |= {one: (self.products.time, at) for at, one in enumerate(sums)}
         self._factors |= dict.fromkeys(factors, self.products.time)
 
     def wait_products(self, groups: int) -> None:
         self.products.wait(groups)
-        for held in (self._sums, self._factors):
-            for register in [r for r, group in held.items() if group < self.products.time - groups]:
-                del held[register]
+        first = self.products.time - groups
+        self._sums = {one: held for one, held in self._sums.items() if held[0] >= first}
+        self._factors = {one: group for one, group in self._factors.items() if group >= first}
 
     def branch(self, taken: np.ndarray, target: int, following: int) -> int:
         """The next run; where threads part, both ways are gone to where they meet."""
@@ -245,14 +250,38 @@ class Barrier:
     Attributes:
         agent: Of the tensor copies that tell it of their bytes.
         time: Theirs, one for each phase.
-        clock: What was known at the end of the last phase.
+        copies: How many of them are in flight.
+        over: What was known at the end of each phase.
     """
 
     def __init__(self, count: int, agent: int, clock: Clock) -> None:
         self.count = self.left = count
-        self.bytes = self.phase = 0
+        self.bytes = self.copies = 0
         self.agent, self.time = agent, int(clock[agent]) + 1
-        self.clock, self._coming = clock, clock.copy()
+        self.over: list[Clock] = []
+        self._coming = clock.copy()
+        # the last phase that each warp waited for
+        self._heard: dict[int, int] = {}
+
+    def wait(self, warp: Warp, parity: int) -> bool:
+        """Whether a phase of a parity is over, the one before the first counting as odd.
+
+        A warp then knows what was known at the end of the earliest that it may mean.
+        """
+        if len(self.over) & 1 == parity:
+            return False
+        phase = self._heard.get(warp.number, -2) + 1
+        phase += phase & 1 != parity
+        if phase < len(self.over):
+            self._heard[warp.number] = phase
+            if phase >= 0:
+                warp.hear(self.over[phase])
+        return True
+
+    def copied(self, size: int) -> None:
+        """A tensor copy is done."""
+        self.copies -= 1
+        self.arrive(0, -size)
 
     def arrive(self, amount: int, expected: int, clock: Clock | None = None) -> None:
         if amount > self.left:
@@ -262,10 +291,11 @@ class Barrier:
         if clock is not None:
             np.maximum(self._coming, clock, out=self._coming)
         if not self.left and not self.bytes:
+            if self.copies:
+                raise KernelError("a phase ends with tensor copies in flight that it is told of")
             self.left = self.count
-            self.phase ^= 1
             self._coming[self.agent] = self.time
-            self.clock = self._coming.copy()
+            self.over.append(self._coming.copy())
             self.time += 1
 
 
@@ -468,7 +498,8 @@ class Block:
     def publish(self, warp: Warp, of: np.ndarray, to: np.ndarray, threads: np.ndarray) -> None:
         """Copy a tensor map to global memory, from where it is used."""
         if threads.any():
-            self.memory.place(to[threads], MAP)
+            part, at = self.memory.place(to[threads], MAP)
+            part.launched.write(at, self.number)
             self._read(warp, of[0] + np.arange(MAP))
             if int(of[0]) not in self._maps:
                 raise KernelError(f"no tensor map at {of[0]}")
@@ -525,6 +556,9 @@ class Block:
         if base % 16 or stride % 16 or start % 128:
             raise KernelError("a tensor copy is not aligned")
         self.order.write(warp.clock, at, told.agent, told.time)
+        part, place = self.memory.place(np.array([used]), MAP)
+        part.launched.read(place, self.number)
+        told.copies += 1
 
         def work() -> None:
             box = np.zeros(inside.shape, U8)
@@ -532,7 +566,7 @@ class Block:
                 of = (base + rows * stride + octets_in)[inside]
                 box[inside] = self.memory.read(of, 1, self.number)[:, 0]
             self._write(at, box)
-            told.arrive(0, -box.size)
+            told.copied(box.size)
 
         self._tensor_copies.append(work)
 
@@ -544,15 +578,17 @@ class Block:
 
     def init(self, warp: Warp, at: np.ndarray, count: int, threads: np.ndarray) -> None:
         for address in at[threads].tolist():
+            self.forget(warp, np.array([address]), np.array([True]))
             self._keep(address, BARRIER)
-            self.order.write(warp.clock, address + np.arange(BARRIER), warp.number, warp.time)
             agent = self.order.barrier(address)
             self._barriers[address] = Barrier(count, agent, warp.clock.copy())
 
     def forget(self, warp: Warp, at: np.ndarray, threads: np.ndarray) -> None:
         for address in at[threads].tolist():
             self.order.write(warp.clock, address + np.arange(BARRIER), warp.number, warp.time)
-            self._barriers.pop(address, None)
+            known = self._barriers.pop(address, None)
+            if known is not None and known.copies:
+                raise KernelError("a barrier goes with tensor copies in flight that tell it")
 
     def arrive(
         self, warp: Warp, at: np.ndarray, amount: int, expects: bool, threads: np.ndarray
@@ -566,11 +602,7 @@ class Block:
 
     def passed(self, warp: Warp, at: np.ndarray, parity: Any) -> bool:
         """Whether the phase of a parity is over; of the parity the hardware reads one bit."""
-        barrier = self._barrier(warp, int(at[0]))
-        is_over = barrier.phase != int(np.broadcast_to(parity, 32)[0]) & 1
-        if is_over:
-            warp.hear(barrier.clock)
-        return is_over
+        return self._barrier(warp, int(at[0])).wait(warp, int(np.broadcast_to(parity, 32)[0]) & 1)
 
     def multiply_group(
         self,

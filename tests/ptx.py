@@ -323,6 +323,8 @@ class Program:
     def _bar(self, opcode: str, operands: list[str], *rest: Any) -> list[str]:
         if opcode == "bar.warp.sync":
             return []
+        if opcode not in ("bar.sync", "barrier.sync"):
+            raise ValueError(opcode)
         return [f"return 'barrier', {operands[0]}, {(*operands, 0)[1]}, {rest[-1]}"]
 
     _barrier = _bar

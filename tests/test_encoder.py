@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,9 @@ def test_prompts(encoder: Encoder) -> None:
 def test_unknown_prompt(encoder: Encoder) -> None:
     with pytest.raises(ValueError, match=r"no prompt is named 'doc'; known: .*document.*query"):
         encoder.encode(["a"], prompt_name="doc")
+    for encode in (encoder.encode_query, encoder.encode_document):
+        with pytest.raises(ValueError, match="no prompt is named ''"):
+            encode(["a"], prompt_name="")
     with pytest.raises(TypeError, match="prompt is int"):
         encoder.encode(["a"], prompt=3)  # type: ignore[arg-type]
 
@@ -377,6 +381,7 @@ NOT_TEXT: dict[str, tuple[Any, str]] = {
     "list inside": ([["a", "b"]], "text 0 is list"),
     "number inside": (["a"] * 5000 + [1.5], "text 5000 is float"),
     "numbers": (np.zeros(3), "text 0 is float64"),
+    "array of no dimension": (np.array("a"), "inputs is ndarray"),
 }
 
 
@@ -434,8 +439,12 @@ def test_similarity(encoder: Encoder) -> None:
     vectors = encoder.encode(TEXTS[:6], "query")
     unit = vectors.astype(np.float64)
     expected = unit @ unit.T
-    for first in (vectors, torch.from_numpy(vectors), list(torch.from_numpy(vectors)), 3 * vectors):
-        result = encoder.similarity(first, vectors[:4])
+    tensor = torch.from_numpy(vectors)
+    for first in (vectors, tensor, list(tensor), list(vectors), 3 * vectors):
+        with warnings.catch_warnings():
+            # torch warns of lists of arrays, which it takes slowly
+            warnings.simplefilter("error")
+            result = encoder.similarity(first, vectors[:4])
         assert isinstance(result, torch.Tensor)
         np.testing.assert_allclose(result.numpy(), expected[:, :4], atol=1e-6)
     np.testing.assert_allclose(

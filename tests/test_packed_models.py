@@ -165,9 +165,32 @@ def test_training_after_inference(model: NomicMoEModel) -> None:
         elif isinstance(part, MoE):
             assert part.experts.mlp.w2.grad.abs().sum() > 0
     optimizer.step()
+    optimizer.zero_grad()
     after = embed(model.eval())
     assert packed(model)
     assert (after - before).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
+def test_inference_between_gradients_and_their_step(
+    kind: type[torch.optim.Optimizer], model: NomicMoEModel
+) -> None:
+    """The step finds the parameters' numbers, though the model was never told to train."""
+    assert not model.training
+    optimizer = kind(model.parameters(), lr=0.01)  # type: ignore[call-arg]
+    before = {name: one.clone() for name, one in model.state_dict().items()}
+    model.forward_packed(torch.arange(4, 34), [20, 10])[0].square().mean().backward()
+    embed(model)
+    assert not packed(model)
+    optimizer.step()
+    for name, one in model.named_parameters():
+        assert one.isfinite().all(), name
+        if one.grad is not None and one.grad.any():
+            assert not one.equal(before[name]), name
+    optimizer.zero_grad()
+    after = embed(model)
+    assert packed(model)
+    torch.testing.assert_close(after, embed(copy.deepcopy(model)), atol=1e-5, rtol=0)
 
 
 def test_a_forward_that_needs_gradients_unpacks(model: NomicMoEModel) -> None:
