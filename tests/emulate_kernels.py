@@ -17,7 +17,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -44,8 +44,8 @@ class Emulator:
 
     def __init__(self) -> None:
         self.launches = 0
-        # what to replace in a kernel's assembly, by what, and how often it was
-        self.spoil: tuple[str, str] | None = None
+        # what to replace in a kernel's assembly, and how often it was
+        self.spoil: Spoil | None = None
         self.spoiled = 0
 
     def install(self, target: str) -> None:
@@ -88,8 +88,8 @@ class Emulator:
         # the second is for Triton's profiler
         parameters += [at + -at % SCRATCH_ALIGNMENT, 0]
         text = kernel.asm["ptx"]
-        if self.spoil:
-            text, count = re.subn(*self.spoil, text)
+        if self.spoil and self.spoil.kernel == kernel.metadata.name:
+            text, count = re.subn(self.spoil.pattern, self.spoil.replacement, text)
             self.spoiled += count
         started = Launch(text, kernel.metadata.shared, parameters, tuple(grid))
         emulator.launch(started, memory, seed=self.launches)
@@ -239,38 +239,83 @@ PARTS: dict[str, Callable[[dict[str, Plan], torch.dtype], Iterator[tuple[str, fl
     "rows": rows,
 }
 
-# What is taken from the assembly of a part's kernels, and the tile of its products; it must show.
+
+class Spoil(NamedTuple):
+    """What is taken from the assembly of a kernel."""
+
+    part: str
+    # the plan of a layer's products, where the part has several
+    plan: str | None
+    kernel: str
+    pattern: str
+    replacement: str
+    # what the emulator says; None where it may as well show in the result alone
+    refused: str | None
+
+
 SPOILED = {
-    "no wait for products": ("layers", "tma 128 x 256", r"wgmma\.wait_group[^;]*;", ""),
-    "no wait for copies": ("layers", "pointer 64 x 128", r"cp\.async\.wait_group[^;]*;", ""),
-    "no wait for tensor copies": ("layers", "tma 128 x 256", r"@!complete bra[^;]*;", ""),
-    "no bytes expected": (
-        "layers", "tma 128 x 256", r"@\S+ mbarrier\.arrive\.expect_tx[^;]*;", "",
+    "no wait for products": Spoil(
+        "layers", "tma 128 x 256", "tma_kernel", r"wgmma\.wait_group[^;]*;", "",
+        "that a product in flight|what products of warp . may be reading",
     ),
-    "a phase ahead": (
-        "layers", "specialized 128 x 256", r"(setp\.eq\.b64\s+\S+ \S+) 0;", r"\1 4;",
+    "no wait for copies": Spoil(
+        "layers", "pointer 64 x 128", "pointer_kernel", r"cp\.async\.wait_group[^;]*;", "",
+        "comes to what copies of warp . may be writing",
     ),
-    "phases from zero at each tile": (
-        "layers", "specialized 128 x 128",
-        r"(?s)((?:mov\.b64\s+%rd\d+, 0;\s+)+)(\$L__BB\d+_\d+:)", r"\1\2 \1",
+    "no wait for tensor copies": Spoil(
+        "layers", "tma 128 x 256", "tma_kernel", r"@!complete bra[^;]*;", "",
+        "comes to what tensor copies of barrier . may be writing",
     ),
-    "no barriers": ("layers", "pointer 64 x 128", r"bar\.sync[^;]*;", ""),
-    "rows beyond the last": ("layers", "pointer 64 x 128", r"@\S+ (st\.global)", r"\1"),
-    "no fence": ("attention", None, r"fence\.proxy\.async[^;]*;", ""),
-    "no fence of registers": ("layers", "tma 128 x 256", r"wgmma\.fence[^;]*;", ""),
-    "no fence of tensor maps": (
-        "layers", "tma 128 x 256", r"@\S+ fence\.proxy\.tensormap[^;]*;", "",
+    "no bytes expected": Spoil(
+        "layers", "tma 128 x 256", "tma_kernel", r"@\S+ mbarrier\.arrive\.expect_tx[^;]*;", "",
+        "all wait",
     ),
-    "all blocks do the first one's work": ("layers", "pointer 64 x 128", r"%ctaid\.x", "0"),
+    "a phase ahead": Spoil(
+        "layers", "specialized 128 x 256", "tma_kernel", r"(setp\.eq\.b64\s+\S+ \S+) 0;", r"\1 4;",
+        "all wait",
+    ),
+    "phases from zero at each tile": Spoil(
+        "layers", "specialized 128 x 128", "tma_kernel",
+        r"(?s)((?:mov\.b64\s+%rd\d+, 0;\s+)+)(\$L__BB\d+_\d+:)", r"\1\2 \1", None,
+    ),
+    "no barriers": Spoil(
+        "layers", "pointer 64 x 128", "pointer_kernel", r"bar\.sync[^;]*;", "",
+        "may be (writing|reading)",
+    ),
+    "rows beyond the last": Spoil(
+        "layers", "pointer 64 x 128", "pointer_kernel", r"@\S+ (st\.global)", r"\1",
+        "are in no tensor|writes what another may be",
+    ),
+    "no fence": Spoil(
+        "attention", None, "attention_kernel", r"fence\.proxy\.async[^;]*;", "",
+        "a product reads what was stored and not fenced",
+    ),
+    "no fence of registers": Spoil(
+        "layers", "tma 128 x 256", "tma_kernel", r"wgmma\.fence[^;]*;", "",
+        "a product uses registers that it is not fenced from",
+    ),
+    "no fence of tensor maps": Spoil(
+        "layers", "tma 128 x 256", "tma_kernel", r"@\S+ fence\.proxy\.tensormap[^;]*;", "",
+        "a tensor map is used that was not fenced in",
+    ),
+    "all blocks keep their tensor maps in one place": Spoil(
+        "layers", "tma 128 x 256", "tma_kernel", r"shl\.b32\s+(%r\d+, \S+) 8;", r"mul.lo.s32 \1 0;",
+        "block . (reads|writes) what another may be (writing|reading)",
+    ),
+    "all blocks do the first one's work": Spoil(
+        "layers", "pointer 64 x 128", "pointer_kernel", r"%ctaid\.x", "0",
+        "block . writes what another may be writing",
+    ),
 }  # fmt: skip
 
 
 def spoiled(machine: Emulator, target: str, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
     found = plans(target, dtype.itemsize)
-    for what, (part, tiles, pattern, replacement) in SPOILED.items():
-        machine.spoil, machine.spoiled = (pattern, replacement), 0
+    for what, spoil in SPOILED.items():
+        machine.spoil, machine.spoiled = spoil, 0
         try:
-            errors = dict(PARTS[part]({tiles: found[tiles]} if tiles else {}, dtype))
+            tiles = {spoil.plan: found[spoil.plan]} if spoil.plan else {}
+            errors = dict(PARTS[spoil.part](tiles, dtype))
         except (KernelError, AssertionError) as refused:
             yield {"what": what, "taken": machine.spoiled, "refused": str(refused)}
         else:
