@@ -243,11 +243,8 @@ def test_results_do_not_share_memory_with_the_next_batch(model: Any) -> None:
     assert torch.equal(first, kept)
 
 
-def test_a_batch_that_cannot_be_recorded_runs_as_it_is(
-    model: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level(logging.WARNING, logger="nomoe")
-    runner, recorder = engine_of(model)
+def break_off(recorder: Rerun, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let no recording succeed."""
 
     @contextmanager
     def turn() -> Iterator[None]:
@@ -260,6 +257,14 @@ def test_a_batch_that_cannot_be_recorded_runs_as_it_is(
 
     monkeypatch.setattr(recorder, "record", failing)
     monkeypatch.setattr(recorder, "turn", turn)
+
+
+def test_a_batch_that_cannot_be_recorded_runs_as_it_is(
+    model: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING, logger="nomoe")
+    runner, recorder = engine_of(model)
+    break_off(recorder, monkeypatch)
     for _ in range(6):
         torch.testing.assert_close(run(runner, [5]), expected(model, [5]), atol=DRIFT, rtol=0)
     assert recorder.records == 3, "tried thrice, since others may have been in the way"
@@ -267,6 +272,19 @@ def test_a_batch_that_cannot_be_recorded_runs_as_it_is(
         "batches of up to 8 tokens in 1 texts cannot be recorded, and are launched kernel by "
         "kernel: operation not permitted when stream is capturing"
     ]
+
+
+def test_what_cannot_be_recorded_is_known_after_warming_up(
+    model: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING, logger="nomoe")
+    runner, recorder = engine_of(model)
+    break_off(recorder, monkeypatch)
+    runner.prepare(1, 8, POOLING)
+    assert recorder.records == 3
+    assert len(caplog.records) == 1
+    run(runner, [5])
+    assert recorder.records == 3
 
 
 def change_in_place(model: Any) -> None:
