@@ -8,8 +8,9 @@ and of blocks to tensors. Shared memory starts as NaN. Loads and stores are chec
 alignment), that a barrier was made, and that registers of products in flight are left alone.
 
 Not modelled: rounding within a tensor core (sums here are float32), approximations, threads of a
-warp that are not in step, fences but for those before what a product or a tensor copy reads, limits
-on registers and on tensor maps, and copies of one group out of their order.
+warp that are not in step, limits on registers and on tensor maps, copies of one group out of their
+order, and fences but for those of tensor maps, those of products' registers, and, in the order that
+a run took, those between a store and a product that reads it.
 Sources: NVIDIA's PTX ISA 8.7; for operands in shared memory CUTLASS's mma_sm90_desc.hpp.
 """
 
