@@ -122,7 +122,8 @@ class CudaRecorder:
         self._device = device
         self._pool = torch.cuda.graph_pool_handle()
         self._alive: WeakSet[_CudaRecording] = WeakSet()
-        # a pool's memory goes by stream: one for all, and they share it
+        # a pool's memory goes by stream: one for all, and they share it. Of the usual priority,
+        # which replays keep on whatever stream they are
         self._stream = torch.cuda.Stream(device)
         self._done = torch.cuda.Event()
 

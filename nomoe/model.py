@@ -563,7 +563,7 @@ class NomicMoEModel(nn.Module):
                 one.requires_grad for _, one in super().named_parameters()
             )
             # an optimizer is about to step, which would find no numbers
-            needs_parameters |= any(part.has_gradients for part in self._packables)
+            needs_parameters |= any(part.has_gradients_here() for part in self._packables)
             ops = None if needs_parameters else cpu_ops(self.dtype)
         with LAYING_OUT:
             for part in self._packables:

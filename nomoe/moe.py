@@ -272,6 +272,8 @@ class Packable(nn.Module):
     packable: tuple[str, ...]
     # the matrices of each, by name
     packed: dict[str, list[Matrix]] | None = None
+    # threads that ran it with gradients
+    asked: frozenset[int] = frozenset()
 
     def matrices(self, name: str, tensor: Tensor) -> list[Tensor]:
         """View a parameter's tensor as the (O, I) matrices it holds."""
@@ -300,11 +302,15 @@ class Packable(nn.Module):
                 parameter = self.get_parameter(name)
                 parameter.data = parameter.new_full((), torch.nan).expand(parameter.shape)
 
-    @property
-    def has_gradients(self) -> bool:
-        """Whether a parameter that would be packed has one."""
+    def has_gradients_here(self) -> bool:
+        """Whether a parameter that would be packed has a gradient, which this thread asked for.
+
+        False where other threads asked too: torch crashes where one reads what another adds up.
+        """
+        if self.asked != {threading.get_ident()}:
+            return False
         parameters = (self._parameters.get(name) for name in self.packable)
-        return any(one is not None and one.grad is not None for one in parameters)
+        return any(one is not None and one.is_leaf and one.grad is not None for one in parameters)
 
     def _has_its_parameters(self) -> bool:
         if all(name in self._parameters for name in self.packable):
@@ -356,6 +362,7 @@ class Packable(nn.Module):
         if is_safe or any(one.device.type != "cpu" for one in parameters.values()):
             return parameters
         with LAYING_OUT:
+            self.asked |= {threading.get_ident()}
             self.unpack()
             return {name: one.view_as(one) for name, one in parameters.items()}
 
