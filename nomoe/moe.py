@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import threading
+import weakref
 from collections.abc import Callable, Sequence
 from functools import wraps
 from importlib.util import find_spec
@@ -272,6 +273,10 @@ class Packable(nn.Module):
     packable: tuple[str, ...]
     # the matrices of each, by name
     packed: dict[str, list[Matrix]] | None = None
+    # the parameters whose numbers they hold
+    sealed: dict[str, nn.Parameter]
+    # its own parameters, whatever `torch.func.functional_call` puts in their place for a while
+    own: dict[str, weakref.ref[nn.Parameter]]
     # threads that ran it with gradients
     asked: frozenset[int] = frozenset()
 
@@ -279,27 +284,48 @@ class Packable(nn.Module):
         """View a parameter's tensor as the (O, I) matrices it holds."""
         raise NotImplementedError
 
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As every module's; assigning one comes through here too."""
+        super().register_parameter(name, param)
+        self._note_own()
+
+    def _note_own(self) -> None:
+        # not kept alive: what shards a model takes them out of `_parameters` to be rid of them
+        self.own = {
+            name: weakref.ref(parameter)
+            for name, parameter in self._parameters.items()
+            if parameter is not None
+        }
+
     @torch.no_grad()
     def pack(self) -> None:
         """Lay the matrices out for `nomoe_kernels.cpu` and free the originals.
 
-        What is computed from other parameters (torch's pruning, parametrizations) stays as it is.
+        What is computed from other parameters (torch's pruning, parametrizations) stays as it is,
+        and so does what stands in for the module's own.
         """
-        with LAYING_OUT:
+        with LAYING_OUT, torch._C._DisableFuncTorch():
             if not self._has_its_parameters():
                 return
+            parameters = {}
+            for name in self.packable:
+                parameter = self._parameters[name]
+                if parameter is not None and name in self.own and parameter is self.own[name]():
+                    parameters[name] = parameter
+            is_whole = len(parameters) == len(self.packable)
             if self.packed is not None:
-                if all(_is_sealed(self._parameters[name]) for name in self.packable):
+                if is_whole and all(map(_is_sealed, parameters.values())):
                     return
                 self.unpack()
+            if not is_whole:
+                return
             packed = {}
-            for name in self.packable:
-                views = self.matrices(name, self.get_parameter(name).data)
+            for name, parameter in parameters.items():
+                views = self.matrices(name, parameter.data)
                 packed[name] = [cpu.pack_weight(view) for view in views]
             # whole before any parameter loses its numbers
-            self.packed = packed
-            for name in self.packable:
-                parameter = self.get_parameter(name)
+            self.packed, self.sealed = packed, parameters
+            for parameter in parameters.values():
                 parameter.data = parameter.new_full((), torch.nan).expand(parameter.shape)
 
     def has_gradients_here(self) -> bool:
@@ -328,11 +354,17 @@ class Packable(nn.Module):
         Raises:
             RuntimeError: They were replaced by others computed from them, which are NaN.
         """
-        # made in inference mode they could not be trained
-        with LAYING_OUT, torch.inference_mode(False), torch.no_grad():
+        # made in inference mode, or under one of torch.func's transforms, they would be no plain
+        # tensors
+        with (
+            LAYING_OUT,
+            torch._C._DisableFuncTorch(),
+            torch.inference_mode(False),
+            torch.no_grad(),
+        ):
             self._has_its_parameters()
             for name, matrices in (self.packed or {}).items():
-                parameter = self.get_parameter(name)
+                parameter = self.sealed[name]
                 if not _is_sealed(parameter):
                     parameter.data = parameter.data.contiguous()
                     continue
@@ -340,7 +372,7 @@ class Packable(nn.Module):
                 for view, matrix in zip(self.matrices(name, dense), matrices, strict=True):
                     view.copy_(matrix.unpack())
                 parameter.data = dense
-            self.packed = None
+            self.packed, self.sealed = None, {}
 
     def snapshot(self) -> tuple[dict[str, list[Matrix]] | None, dict[str, Tensor]]:
         """The packed matrices, or None and the parameters' numbers.
@@ -364,7 +396,17 @@ class Packable(nn.Module):
         with LAYING_OUT:
             self.asked |= {threading.get_ident()}
             self.unpack()
-            return {name: one.view_as(one) for name, one in parameters.items()}
+            views = {name: one.view_as(one) for name, one in parameters.items()}
+        for view in views.values():
+            if view.requires_grad:
+                # an optimizer's step may follow
+                view.register_hook(self._unpack_in_backward)
+        return views
+
+    def _unpack_in_backward(self, gradient: Tensor) -> None:
+        del gradient
+        if self.packed is not None:
+            self.unpack()
 
     def train(self, mode: bool = True) -> Self:
         """Set the mode; training needs the parameters."""
@@ -376,7 +418,9 @@ class Packable(nn.Module):
         # SentenceTransformer moves its model to where it is, in every call
         if self.packed and not _leaves_as_is(fn, self.get_parameter(self.packable[0])):
             self.unpack()
-        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call, no-any-return]
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._note_own()
+        return self
 
     def _load_from_state_dict(self, *arguments: Any) -> None:
         self.unpack()
@@ -389,7 +433,11 @@ class Packable(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         self.unpack()
-        return self.__dict__
+        return {name: value for name, value in self.__dict__.items() if name != "own"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._note_own()
 
 
 def _is_sealed(parameter: Tensor | None) -> bool:

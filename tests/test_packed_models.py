@@ -8,6 +8,7 @@ import os
 import pickle
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn.utils import prune
 
 from nomoe import NomicMoEModel, data
@@ -171,26 +173,104 @@ def test_training_after_inference(model: NomicMoEModel) -> None:
     assert (after - before).abs().max() > 1e-4
 
 
+@pytest.mark.parametrize("before_backward", [True, False])
 @pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
-def test_inference_between_gradients_and_their_step(
-    kind: type[torch.optim.Optimizer], model: NomicMoEModel
+def test_inference_before_an_optimizers_step(
+    kind: type[torch.optim.Optimizer], before_backward: bool, model: NomicMoEModel
 ) -> None:
     """The step finds the parameters' numbers, though the model was never told to train."""
     assert not model.training
     optimizer = kind(model.parameters(), lr=0.01)  # type: ignore[call-arg]
     before = {name: one.clone() for name, one in model.state_dict().items()}
-    model.forward_packed(torch.arange(4, 34), [20, 10])[0].square().mean().backward()
-    embed(model)
+    again = copy.deepcopy(model)
+    ids_T = torch.arange(4, 34)
+    loss = model.forward_packed(ids_T, [20, 10])[0].square().mean()
+    if before_backward:
+        embed(model)
+        assert packed(model)
+    loss.backward()
+    if not before_backward:
+        embed(model)
     assert not packed(model)
+    again.forward_packed(ids_T, [20, 10])[0].square().mean().backward()
     optimizer.step()
-    for name, one in model.named_parameters():
+    for (name, one), other in zip(model.named_parameters(), again.parameters(), strict=True):
         assert one.isfinite().all(), name
+        torch.testing.assert_close(one.grad, other.grad)
         if one.grad is not None and one.grad.any():
             assert not one.equal(before[name]), name
     optimizer.zero_grad()
     after = embed(model)
     assert packed(model)
     torch.testing.assert_close(after, embed(copy.deepcopy(model)), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("kind", [nn.Parameter, Tensor.clone])
+@pytest.mark.parametrize("is_packed", [True, False])
+def test_weights_that_stand_in_for_one_call(
+    is_packed: bool,
+    kind: Callable[[Tensor], Tensor],
+    model: NomicMoEModel,
+    checkpoint: dict[str, Tensor],
+) -> None:
+    """They are used, and are left as they are, and so are the model's own."""
+    before = embed(model)
+    others = {name: kind(0.5 * one.detach()) for name, one in model.named_parameters()}
+    fresh = NomicMoEModel(model.config).eval()
+    fresh.load_state_dict(others)
+    if is_packed:
+        embed(model)
+    else:
+        model.train().eval()
+    ids_BL = torch.arange(4, 34)[None]
+    with torch.no_grad():
+        ours = functional_call(model, others, (ids_BL,))[0]
+        torch.testing.assert_close(ours, fresh(ids_BL)[0], atol=1e-5, rtol=0)
+    for name, one in others.items():
+        assert one.equal(0.5 * checkpoint[name])
+    assert torch.equal(embed(model), before)
+    assert packed(model)
+    assert same(model.state_dict(), checkpoint)
+
+
+@pytest.mark.parametrize("ask", [dict, lambda named: {name: one.detach() for name, one in named}])
+def test_gradients_of_a_function_of_the_weights(
+    ask: Callable[[Any], dict[str, Tensor]], model: NomicMoEModel
+) -> None:
+    ids_BL = torch.arange(4, 34)[None]
+    before = embed(model)
+    again = copy.deepcopy(model)
+    again(ids_BL)[0].square().mean().backward()
+    parameters = ask(model.named_parameters())
+    embed(model)
+
+    def loss(weights: dict[str, Tensor]) -> Tensor:
+        return functional_call(model, weights, (ids_BL,))[0].square().mean()
+
+    gradients = torch.func.grad(loss)(parameters)
+    for name, one in again.named_parameters():
+        torch.testing.assert_close(
+            gradients[name], torch.zeros(()) if one.grad is None else one.grad
+        )
+    assert torch.equal(embed(model), before)
+    assert packed(model)
+
+
+def test_weights_put_in_past_the_module_run_as_they_are(
+    model: NomicMoEModel, checkpoint: dict[str, Tensor]
+) -> None:
+    """As sharding does, which wants the old ones gone."""
+    layer = model.encoder.layers[0].attn.Wqkv
+    model.train().eval()
+    old = weakref.ref(layer.weight)
+    layer._parameters["weight"] = nn.Parameter(2 * layer.weight.detach())
+    assert old() is None
+    name = "encoder.layers.0.attn.Wqkv.weight"
+    fresh = NomicMoEModel(model.config).eval()
+    fresh.load_state_dict(checkpoint | {name: 2 * checkpoint[name]})
+    torch.testing.assert_close(embed(model), embed(fresh), atol=1e-5, rtol=0)
+    assert layer.packed is None
+    assert layer.weight.equal(2 * checkpoint[name])
 
 
 def test_a_forward_that_needs_gradients_unpacks(model: NomicMoEModel) -> None:
