@@ -101,7 +101,9 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         resolved = torch.device(device)
-    except (RuntimeError, TypeError) as error:
+    except TypeError as error:
+        raise ValueError(f"device is {device!r}, expected one device's name") from error
+    except RuntimeError as error:
         raise ValueError(f"device is {device!r}, expected one device's name: {error}") from error
     if resolved.type == "cuda" and not torch.cuda.is_available():
         raise RuntimeError(f"device is {device!r}, but torch finds no CUDA device here")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,9 +13,9 @@ def cosine(embeddings1: Any, embeddings2: Any) -> Tensor:
     """Cosine similarity of all pairs.
 
     Args:
-        embeddings1: (n, d) or (d,), array or tensor: floating-point numbers or int8 codes. (uint8
-            codes are the same plus 128, and binary ones hold eight features a byte: neither has a
-            cosine of use.)
+        embeddings1: (n, d) or (d,), an array, a tensor, or a list or tuple of vectors or numbers:
+            floating-point numbers or int8 codes. (uint8 codes are the same plus 128, and binary
+            ones hold eight features a byte: neither has a cosine of use.)
         embeddings2: (m, d) or (d,).
 
     Returns:
@@ -51,12 +50,7 @@ def cosine_pairwise(embeddings1: Any, embeddings2: Any) -> Tensor:
 def _unit_rows(embeddings1: Any, embeddings2: Any) -> tuple[Tensor, Tensor]:
     rows = []
     for given in (embeddings1, embeddings2):
-        if isinstance(given, list) and given and isinstance(given[0], Tensor):
-            given = torch.stack(given)
-        elif isinstance(given, list) and given and isinstance(given[0], np.ndarray):
-            # of which torch takes one at a time
-            given = np.stack(given)
-        tensor = torch.as_tensor(given).float()
+        tensor = _tensor(given).float()
         if tensor.dim() == 1:
             tensor = tensor[None]
         if tensor.dim() != 2:
@@ -66,3 +60,13 @@ def _unit_rows(embeddings1: Any, embeddings2: Any) -> tuple[Tensor, Tensor]:
     if first.shape[1] != second.shape[1]:
         raise ValueError(f"embeddings have {first.shape[1]} and {second.shape[1]} features")
     return first, second.to(first.device)
+
+
+def _tensor(given: Any) -> Tensor:
+    """One tensor of an array, a tensor, or a list or tuple of numbers, rows or vectors."""
+    if not isinstance(given, list | tuple) or not given:
+        return torch.as_tensor(given)
+    parts = [torch.as_tensor(one) for one in given]
+    if len({one.shape for one in parts}) > 1:
+        raise ValueError(f"embeddings are {[tuple(one.shape) for one in parts[:8]]}, not alike")
+    return torch.stack(parts)

@@ -440,7 +440,8 @@ def test_similarity(encoder: Encoder) -> None:
     unit = vectors.astype(np.float64)
     expected = unit @ unit.T
     tensor = torch.from_numpy(vectors)
-    for first in (vectors, tensor, list(tensor), list(vectors), 3 * vectors):
+    lists = (list(tensor), tuple(tensor), list(vectors), [*tensor[:2], *vectors[2:]])
+    for first in (vectors, tensor, *lists, vectors.tolist(), 3 * vectors):
         with warnings.catch_warnings():
             # torch warns of lists of arrays, which it takes slowly
             warnings.simplefilter("error")
@@ -456,6 +457,9 @@ def test_similarity(encoder: Encoder) -> None:
         atol=1e-6,
     )
     assert encoder.similarity_pairwise(vectors[0], vectors[0]).shape == (1,)
+    assert encoder.similarity(list(vectors[0]), vectors[0].tolist()).shape == (1, 1)
+    with pytest.raises(ValueError, match=r"are \[\(96,\), \(32,\)\], not alike"):
+        encoder.similarity([tensor[0], tensor[1, :32]], vectors)
     with pytest.raises(ValueError, match="3 rows cannot be paired with 2"):
         encoder.similarity_pairwise(vectors[:3], vectors[:2])
     with pytest.raises(ValueError, match="96 and 32 features"):
