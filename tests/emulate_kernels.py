@@ -251,6 +251,7 @@ class Spoil(NamedTuple):
     replacement: str
     # what the emulator says; None where it may as well show in the result alone
     refused: str | None
+    target: str = "cuda:90"
 
 
 SPOILED = {
@@ -306,12 +307,30 @@ SPOILED = {
         "layers", "pointer 64 x 128", "pointer_kernel", r"%ctaid\.x", "0",
         "block . writes what another may be writing",
     ),
+    "no wait for products of tensor memory": Spoil(
+        "dense", "pointer 128 x 128", "pointer_kernel", r"@!complete bra[^;]*;", "",
+        "products of warp . may be (reading|writing)", "cuda:100",
+    ),
+    "no commit of products": Spoil(
+        "attention", None, "attention_kernel", r"@\S+ tcgen05\.commit[^;]*;", "", "all wait",
+        "cuda:100",
+    ),
+    "no wait for stores to tensor memory": Spoil(
+        "attention", None, "attention_kernel", r"tcgen05\.wait::st[^;]*;", "",
+        "did not wait for tensor memory", "cuda:100",
+    ),
+    "no fence before products of tensor memory": Spoil(
+        "attention", None, "attention_kernel", r"fence\.proxy\.async[^;]*;", "",
+        "a product reads what was stored and not fenced", "cuda:100",
+    ),
 }  # fmt: skip
 
 
 def spoiled(machine: Emulator, target: str, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
     found = plans(target, dtype.itemsize)
     for what, spoil in SPOILED.items():
+        if spoil.target != target:
+            continue
         machine.spoil, machine.spoiled = spoil, 0
         try:
             tiles = {spoil.plan: found[spoil.plan]} if spoil.plan else {}

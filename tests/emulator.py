@@ -1,11 +1,12 @@
 """Runs a compiled kernel without a GPU: its PTX, block by block, on the memory of tensors.
 
 What hardware leaves open is drawn at random: which warp goes on, and when asynchronous work is done
-(copies, tensor copies and products of warp groups, each some time between its start and the wait
-for it). So a barrier, a wait or a phase that is missing often shows in the result, or as a
-deadlock; where it does not, `order` sees accesses that nothing orders, of warps to shared memory
-and of blocks to tensors. Shared memory starts as NaN. Loads and stores are checked (bounds,
-alignment), that a barrier was made, and that registers of products in flight are left alone.
+(copies, tensor copies, products of warp groups and of tensor memory, each some time between its
+start and the wait for it). So a barrier, a wait or a phase that is missing often shows in the
+result, or as a deadlock; where it does not, `order` sees accesses that nothing orders, of warps to
+shared and tensor memory and of blocks to tensors. Both memories start as NaN. Loads and stores are
+checked (bounds, alignment), that a barrier was made, and that registers of products in flight are
+left alone.
 
 Not modelled: rounding within a tensor core (sums here are float32), approximations, threads of a
 warp that are not in step, limits on registers and on tensor maps, copies of one group out of their
@@ -40,6 +41,7 @@ from tests.ptx import (
     octets,
     pair,
 )
+from tests.tensor_memory import Description, TensorMemory
 
 __all__ = ["KernelError", "Memory", "launch"]
 
@@ -139,6 +141,11 @@ class Pending:
         self._group = []
         self.time += 1
 
+    def finish(self, time: int) -> None:
+        """Do all up to a group."""
+        while self._groups and self.time - len(self._groups) <= time:
+            _do(self._groups.popleft())
+
     def wait(self, groups: int) -> None:
         """Until at most so many groups are in flight."""
         self._clock[self.agent] = max(self._clock[self.agent], self.time - 1 - groups)
@@ -174,6 +181,9 @@ class Warp:
         self._sums: dict[int, tuple[int, int]] = {}
         self._factors: dict[int, int] = {}
         self._unfenced = set(range(len(self.registers)))
+        # whether loads of tensor memory were not waited for, and such stores: cells and numbers
+        self.is_loading = False
+        self.tensor_stores: list[tuple[np.ndarray, np.ndarray]] = []
 
     @property
     def time(self) -> int:
@@ -185,6 +195,8 @@ class Warp:
 
     def tell(self) -> Clock:
         """What others may know from here on; what comes after is of a later time."""
+        if self.is_loading or self.tensor_stores:
+            raise KernelError(f"warp {self.number} did not wait for tensor memory")
         told = self.clock.copy()
         self.clock[self.number] += 1
         return told
@@ -251,13 +263,13 @@ class Barrier:
     Attributes:
         agent: Of the tensor copies that tell it of their bytes.
         time: Theirs, one for each phase.
-        copies: How many of them are in flight.
+        coming: How many tensor copies and groups of products are in flight that tell it.
         over: What was known at the end of each phase.
     """
 
     def __init__(self, count: int, agent: int, clock: Clock) -> None:
         self.count = self.left = count
-        self.bytes = self.copies = 0
+        self.bytes = self.coming = 0
         self.agent, self.time = agent, int(clock[agent]) + 1
         self.over: list[Clock] = []
         self._coming = clock.copy()
@@ -281,7 +293,7 @@ class Barrier:
 
     def copied(self, size: int) -> None:
         """A tensor copy is done."""
-        self.copies -= 1
+        self.coming -= 1
         self.arrive(0, -size)
 
     def arrive(self, amount: int, expected: int, clock: Clock | None = None) -> None:
@@ -292,8 +304,8 @@ class Barrier:
         if clock is not None:
             np.maximum(self._coming, clock, out=self._coming)
         if not self.left and not self.bytes:
-            if self.copies:
-                raise KernelError("a phase ends with tensor copies in flight that it is told of")
+            if self.coming:
+                raise KernelError("a phase ends with work in flight that it is told of")
             self.left = self.count
             self._coming[self.agent] = self.time
             self.over.append(self._coming.copy())
@@ -330,8 +342,11 @@ class Block:
         # by whom, and when, tensor maps were published, and those were fenced in
         self._publishers: dict[int, tuple[int, int]] = {}
         self._fenced_maps: dict[int, list[tuple[int, int]]] = {}
-        self.order = Order(len(self.shared), program.threads // 32, program.barriers)
-        self._tensor_copies: list[Work] = []
+        self._tensor = TensorMemory() if program.has_tensor_memory else None
+        places = len(self.shared) + (TensorMemory.size if program.has_tensor_memory else 0)
+        self.order = Order(places, program.threads // 32, program.barriers)
+        # tensor copies, and groups of products of tensor memory, that barriers are told of
+        self._telling: list[Work] = []
         special = {
             f"%{name}.{axis}": np.full(32, number, U32)
             for name, numbers in (("ctaid", place), ("nctaid", grid))
@@ -349,16 +364,16 @@ class Block:
         while live:
             ready = [warp for warp in live if not warp.is_waiting]
             is_stuck = not ready or vain > PATIENCE
-            if is_stuck and not self._tensor_copies:
+            if is_stuck and not self._telling:
                 where = {warp.number: warp.at for warp in live}
                 raise KernelError(f"{self.program.name}: all wait, warps at {where}")
             puts_off = self.chance.random() < self.lateness("tensor copies")
-            if self._tensor_copies and (is_stuck or vain > IMPATIENCE or not puts_off):
-                self._tensor_copies.pop(self.chance.randrange(len(self._tensor_copies)))()
+            if self._telling and (is_stuck or vain > IMPATIENCE or not puts_off):
+                self._telling.pop(self.chance.randrange(len(self._telling)))()
                 vain = 0
             elif ready:
                 vain = self._turn(self.chance.choice(ready), live, met, vain)
-        if self._tensor_copies:
+        if self._telling:
             raise KernelError(f"{self.program.name} ends with copies in flight")
 
     def _turn(self, warp: Warp, live: list[Warp], met: dict[int, list[Warp]], vain: int) -> int:
@@ -445,8 +460,10 @@ class Block:
         self._kept[start : start + size] = True
 
     def fence(self, warp: Warp) -> None:
-        """What a warp has stored may be read by asynchronous work."""
-        self._storing[self._storing == warp.number] = NOBODY
+        """What a warp knows to be stored may be read by asynchronous work."""
+        (stored,) = np.nonzero(self._storing != NOBODY)
+        known = stored[self.order.is_known(warp.clock, stored)]
+        self._storing[known] = NOBODY
 
     def ldmatrix(
         self, warp: Warp, rows: np.ndarray, count: int, transposed: bool
@@ -559,7 +576,7 @@ class Block:
         self.order.write(warp.clock, at, told.agent, told.time)
         part, place = self.memory.place(np.array([used]), MAP)
         part.launched.read(place, self.number)
-        told.copies += 1
+        told.coming += 1
 
         def work() -> None:
             box = np.zeros(inside.shape, U8)
@@ -569,7 +586,7 @@ class Block:
             self._write(at, box)
             told.copied(box.size)
 
-        self._tensor_copies.append(work)
+        self._telling.append(work)
 
     def _barrier(self, warp: Warp, address: int) -> Barrier:
         self._read(warp, address + np.arange(BARRIER))
@@ -588,8 +605,8 @@ class Block:
         for address in at[threads].tolist():
             self.order.write(warp.clock, address + np.arange(BARRIER), warp.number, warp.time)
             known = self._barriers.pop(address, None)
-            if known is not None and known.copies:
-                raise KernelError("a barrier goes with tensor copies in flight that tell it")
+            if known is not None and known.coming:
+                raise KernelError("a barrier goes with work in flight that tells it")
 
     def arrive(
         self, warp: Warp, at: np.ndarray, amount: int, expects: bool, threads: np.ndarray
@@ -646,6 +663,145 @@ class Block:
 
         warp.products.start(work)
 
+    @property
+    def tensor(self) -> TensorMemory:
+        """Its tensor memory, whose cells come after shared memory's bytes to `order`."""
+        assert self._tensor is not None
+        return self._tensor
+
+    def allocate(self, warp: Warp, at: np.ndarray, count: int, threads: np.ndarray) -> None:
+        if _all_or_none(threads):
+            first = self.chance.randrange(0, 512 - count + 1, 32)
+            self.tensor.allocate(first, count)
+            self.store_shared(warp, at, [octets(U32(first), U32)], LANES == 0)
+
+    def deallocate(self, warp: Warp, threads: np.ndarray) -> None:
+        if _all_or_none(threads):
+            at = len(self.shared) + self.tensor.deallocate()
+            self.order.write(warp.clock, at, warp.number, warp.time)
+
+    def load_tensor(
+        self,
+        warp: Warp,
+        into: list[int],
+        address: np.ndarray,
+        split: int | None,
+        threads: np.ndarray,
+    ) -> None:
+        """tcgen05.ld: the registers have their numbers at once.
+
+        The compiler moves them to others before it waits, and the assembler knows that it has to.
+        """
+        if _all_or_none(threads):
+            cells = self.tensor.of_warp(warp.number, _same(address), len(into), split)
+            self.order.read(warp.clock, len(self.shared) + cells, warp.number, warp.time)
+            for register, at in zip(into, cells.T, strict=True):
+                warp.registers[register] = self.tensor.cells[at]
+            warp.is_loading = True
+
+    def store_tensor(
+        self,
+        warp: Warp,
+        of: list[int],
+        address: np.ndarray,
+        split: int | None,
+        threads: np.ndarray,
+    ) -> None:
+        """tcgen05.st: the cells have their numbers once they are waited for."""
+        if _all_or_none(threads):
+            cells = self.tensor.of_warp(warp.number, _same(address), len(of), split)
+            self.order.write(warp.clock, len(self.shared) + cells, warp.number, warp.time)
+            numbers = np.stack([warp.registers[register] for register in of], axis=1)
+            warp.tensor_stores.append((cells, numbers))
+
+    def wait_tensor_ld(self, warp: Warp) -> None:
+        warp.is_loading = False
+
+    def wait_tensor_st(self, warp: Warp) -> None:
+        for cells, numbers in warp.tensor_stores:
+            self.tensor.cells[cells] = numbers
+        warp.tensor_stores.clear()
+
+    def multiply_tensor(
+        self,
+        warp: Warp,
+        into: np.ndarray,
+        a: Any,
+        is_stored: bool,
+        b: Any,
+        description: Any,
+        adds: Any,
+        kind: str,
+        threads: np.ndarray,
+    ) -> None:
+        """tcgen05.mma, by one thread: sums in tensor memory, a there or in shared memory."""
+        if not threads.any():
+            return
+        (thread,) = np.flatnonzero(threads)
+        first_a, first_b, bits, is_sum = (
+            np.broadcast_to(one, 32)[thread].item() for one in (a, b, description, adds)
+        )
+        product = Description.read(bits, kind)
+        agent, time = warp.products.agent, warp.products.time
+        # products of one thread come one after the other
+        clock = warp.clock.copy()
+        clock[agent] = time
+        of_b = self._tensor_operand(warp, first_b, product.width, product, 1)
+        if is_stored:
+            # two numbers of 16 bits to a column
+            columns = 8
+            of_a = self.tensor.of_product(first_a, product.rows, columns)
+            self.order.read(clock, len(self.shared) + of_a, agent, time)
+        else:
+            of_a = self._tensor_operand(warp, first_a, product.rows, product, 0)
+        sums = self.tensor.of_product(int(into[thread]), product.rows, product.width)
+        self.order.write(clock, len(self.shared) + sums, agent, time)
+
+        def work() -> None:
+            cells = self.tensor.cells
+            if is_stored:
+                stored = np.ascontiguousarray(cells[of_a])
+                halves = stored if product.kind == "tf32" else stored.view(U16)
+                left = numbers_of(halves, product.kind)
+            else:
+                left = self._numbers(of_a, product.kind)
+            result = left @ self._numbers(of_b, product.kind).T
+            if is_sum:
+                result = result + cells[sums].view(F32)
+            cells[sums] = result.view(U32)
+
+        warp.products.start(work)
+
+    def _tensor_operand(
+        self, warp: Warp, descriptor: int, rows: int, product: Description, which: int
+    ) -> np.ndarray:
+        # the version, and modes of swizzling that warp groups have as well
+        if descriptor >> 46 & 7 != 1 or descriptor >> 52 & 1 or descriptor >> 61 & 1:
+            raise NotImplementedError(f"operands described as {descriptor:#x}")
+        return self._operand(
+            warp, descriptor, rows, product.inner, product.kind, product.transposed[which]
+        )
+
+    def commit_products(self, warp: Warp, at: np.ndarray, threads: np.ndarray) -> None:
+        """tcgen05.commit: a barrier hears once all products of before are done."""
+        if not threads.any():
+            return
+        (thread,) = np.flatnonzero(threads)
+        if warp.tensor_stores:
+            raise KernelError("products start before tensor memory was waited for")
+        told = self._barrier(warp, int(at[thread]))
+        clock = self.order.clock()
+        clock[warp.products.agent] = time = warp.products.time
+        warp.products.commit()
+        told.coming += 1
+
+        def work() -> None:
+            warp.products.finish(time)
+            told.coming -= 1
+            told.arrive(1, 0, clock)
+
+        self._telling.append(work)
+
     def _operand(
         self,
         warp: Warp,
@@ -679,6 +835,20 @@ class Block:
     def _numbers(self, at: np.ndarray, kind: str) -> np.ndarray:
         size = 4 if kind == "tf32" else 2
         return numbers_of(self.shared.view(U32 if size == 4 else U16)[at // size], kind)
+
+
+def _all_or_none(threads: np.ndarray) -> bool:
+    """Whether all threads of a warp do what they may only do together."""
+    if threads.any() != threads.all():
+        raise KernelError("some threads of a warp do what all have to")
+    return bool(threads.all())
+
+
+def _same(addresses: np.ndarray) -> int:
+    """The one that all threads give."""
+    if (addresses != addresses[0]).any():
+        raise KernelError("threads of a warp give other addresses of tensor memory")
+    return int(addresses[0])
 
 
 def swizzle(addresses: np.ndarray, wide: int) -> np.ndarray:

@@ -21,7 +21,7 @@ class KernelError(Exception):
 
 
 class Order:
-    """The last accesses to each byte of a block's shared memory."""
+    """The last accesses to each byte of a block's shared memory, and each cell of tensor memory."""
 
     def __init__(self, size: int, warps: int, barriers: int) -> None:
         self.warps = warps
@@ -56,7 +56,7 @@ class Order:
     ) -> None:
         """An agent writes; what is the same as a warp wrote changes nothing, in whatever order."""
         if same is not None:
-            late = self._written[at] > clock[self._writer[at]]
+            late = ~self.is_known(clock, at)
             same = late & same & (self._writer[at] < self.warps)
             # who writes something else must know of it, as of one who reads
             self._read[at[same], agent] = time
@@ -66,18 +66,22 @@ class Order:
         if late.any():
             *place, reader = np.argwhere(late)[0]
             raise KernelError(
-                f"byte {at[tuple(place)]}: {self._names[agent]} writes what "
+                f"place {at[tuple(place)]}: {self._names[agent]} writes what "
                 f"{self._names[reader]} may be reading"
             )
         self._written[at] = time
         self._writer[at] = agent
 
+    def is_known(self, clock: Clock, at: np.ndarray) -> np.ndarray:
+        """Whether one with this clock knows what was written last."""
+        return np.asarray(self._written[at] <= clock[self._writer[at]])
+
     def _check_written(self, clock: Clock, at: np.ndarray, agent: int) -> None:
-        late = self._written[at] > clock[self._writer[at]]
+        late = ~self.is_known(clock, at)
         if late.any():
             first = at[late][0]
             raise KernelError(
-                f"byte {first}: {self._names[agent]} comes to what "
+                f"place {first}: {self._names[agent]} comes to what "
                 f"{self._names[self._writer[first]]} may be writing"
             )
 

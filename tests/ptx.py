@@ -124,6 +124,7 @@ class Program:
         threads: Of one block.
         parameters: Names, in order.
         barriers: How many instructions init one.
+        has_tensor_memory: Whether it uses tensor memory.
         code: A function of a warp for each run. It returns the number of the next run, -1 at the
             kernel's end, or a tuple that says what the warp waits for.
     """
@@ -134,6 +135,7 @@ class Program:
         self.parameters = re.findall(r"\.param\s+\.\w+[^,)]*?(\w+_param_\d+)", text)
         self.barriers = len(re.findall(r"mbarrier\.init", text))
         self._has_groups = "wgmma" in text
+        self.has_tensor_memory = "tcgen05" in text
         self._numbers: dict[str, int] = {}
         self._labels: dict[str, int] = {}
         self._runs: list[list[Statement]] = []
@@ -151,7 +153,7 @@ class Program:
         for line in re.sub(r"(?m)^\s*([{}]|[\w$]+:)", r";\1;", plain).split(";"):
             text = re.sub(r"\s+", " ", line).strip()
             if inner:
-                text = re.sub(r"(?<![\w.%$])(complete|waitLoop)\b", rf"\1_{inner}", text)
+                text = re.sub(r"(?<![\w.%$])(complete|waitLoop|skipWait)\b", rf"\1_{inner}", text)
             if text in ("{", "}"):
                 opened += text == "{"
                 inner = opened if text == "{" else 0
@@ -278,6 +280,8 @@ class Program:
         if special:
             lines: list[str] = special(opcode, operands, threads, guard, following)
             return lines
+        if rest[-1] == "f32x2" or (len(rest) > 1 and rest[-2] == "f32"):
+            return self._floats(kind, rest, operands, guard)
         last = rest[-1]
         two = f"{kind}.{rest[0]}"
         name = two if two in FORMULAS else kind
@@ -287,9 +291,11 @@ class Program:
             said -= set(REDUCTIONS)
         if not said <= MODIFIERS or last not in (*NUMPY, "pred"):
             raise ValueError(opcode)
+        target, *sources = operands
         if name in ("min", "max") and last == "f32" and "NaN" not in rest:
             formula = f"np.f{name}({{0}}, {{1}})"
-        target, *sources = operands
+            if len(sources) == 3:
+                formula = f"np.f{name}({formula}, {{2}})"
         if kind in ("shfl", "redux", "vote"):
             # the last says which threads take part: all
             sources.pop()
@@ -305,6 +311,22 @@ class Program:
         mode = REDUCTIONS[rest[1]] if kind == "redux" else rest[1] if kind == "shfl" else ""
         values = [self._source(*one) for one in zip(sources, types, strict=True)]
         return self._store(target, formula.format(*values, mode=mode), guard)
+
+    def _floats(
+        self, kind: str, rest: list[str], operands: list[str], guard: str | None
+    ) -> list[str]:
+        """Two float32 in a register of 64 bits, or float32 with factors and terms of 16 bits."""
+        target, *sources = operands
+        if not set(rest[:-1]) <= {"rn", "f32"} or kind not in ("add", "sub", "mul", "fma"):
+            raise ValueError(rest)
+        if rest[-1] == "f32x2":
+            values = [f"{self._source(one, 'b64')}.view(F32)" for one in sources]
+            return self._store(target, f"({FORMULAS[kind].format(*values)}).view(U64)", guard)
+        narrow = {"add": 1, "sub": 1, "fma": 2}[kind]
+        widen = CONVERSIONS[f"f32.{rest[-1]}"]
+        values = [widen.format(self._source(one, "b16")) for one in sources[:narrow]]
+        values += [self._source(one, "f32") for one in sources[narrow:]]
+        return self._store(target, FORMULAS[kind].format(*values), guard)
 
     def _guard(self, predicate: str) -> str:
         register = self._source(predicate.lstrip("!"), "pred")
@@ -496,6 +518,50 @@ class Program:
         return [
             f"block.multiply_group(warp, {into}, {of}, R[{self._number(b)}], "
             f"{self._source(scale, 'pred')}, {width}, {inner}, {kind!r}, ({is_a}, {is_b}))"
+        ]
+
+    def _tcgen05(self, opcode: str, operands: list[str], threads: str, *rest: Any) -> list[str]:
+        _, action, *said = opcode.split(".")
+        if action == "relinquish_alloc_permit":
+            return []
+        if action.startswith("wait::"):
+            return [f"block.wait_tensor_{action[6:]}(warp)"]
+        if action == "alloc":
+            at = self._address(operands[0])
+            return [f"block.allocate(warp, {at}, {operands[1]}, {threads})"]
+        if action == "dealloc":
+            return [f"block.deallocate(warp, {threads})"]
+        if action == "commit":
+            return [f"block.commit_products(warp, {self._address(operands[0])}, {threads})"]
+        if action in ("ld", "st"):
+            shape, repeats = said[2:4]
+            outer, first = operands[0], operands[-1]
+            at, registers = (first, outer) if action == "ld" else (outer, first)
+            if shape == "16x32bx2":
+                # the second half of a warp has columns further on
+                at = operands[1] if action == "ld" else outer
+                split_at = operands[2] if action == "ld" else operands[1]
+            elif shape == "32x32b":
+                split_at = "None"
+            else:
+                raise ValueError(opcode)
+            numbers = [self._number(one) for one in vector(registers)]
+            if repeats != f"x{len(numbers)}":
+                raise ValueError(opcode)
+            lines = [
+                f"block.{'load' if action == 'ld' else 'store'}_tensor("
+                f"warp, {numbers}, {self._address(at)}, {split_at}, {threads})"
+            ]
+            return lines
+        if action != "mma" or said[0] != "cta_group::1":
+            raise ValueError(opcode)
+        into, a, b, description, adds = operands
+        is_stored = a.startswith("[")
+        of_a = self._address(a) if is_stored else self._source(a, "b64")
+        return [
+            f"block.multiply_tensor(warp, {self._address(into)}, {of_a}, {is_stored}, "
+            f"{self._source(b, 'b64')}, {self._source(description, 'b32')}, "
+            f"{self._source(adds, 'pred')}, {said[1][6:]!r}, {threads})"
         ]
 
 

@@ -26,6 +26,9 @@ RUNS = [
     ("cuda:90", "float32"),
     ("cuda:90", "bfloat16", "layers", "rows"),
     ("cuda:80", "float16"),
+    ("cuda:100", "float16"),
+    ("cuda:100", "float32", "dense", "attention"),
+    ("cuda:120", "float16", "dense", "attention", "rows"),
 ]
 # Triton's versions whose instructions `ptx` knows
 KNOWN = ((3, 6), (3, 7), (3, 8))
@@ -59,14 +62,17 @@ def test_compiled_kernels_are_right(
 ) -> None:
     kernels = {"tma", "specialized"} if run[0] == "cuda:90" and run[1] != "float32" else set()
     seen = {result["what"] for result in results[run]}
+    part = "dense" if "dense" in run else "layer"
     for kernel in kernels | {"pointer", "small"}:
-        assert any(what.startswith(f"layer, {kernel}") for what in seen)
+        assert any(what.startswith(f"{part}, {kernel}") for what in seen)
     assert not [result for result in results[run] if not result["error"] < result["bound"]]
 
 
-def test_what_is_taken_from_a_kernel_shows() -> None:
-    results = emulate("cuda:90", "float16", "spoiled")
-    assert [result["what"] for result in results] == list(SPOILED)
+@pytest.mark.parametrize("target", ["cuda:90", "cuda:100"])
+def test_what_is_taken_from_a_kernel_shows(target: str) -> None:
+    results = emulate(target, "float16", "spoiled")
+    taken = [what for what, spoil in SPOILED.items() if spoil.target == target]
+    assert [result["what"] for result in results] == taken
     for result in results:
         assert result["taken"], result
         expected = SPOILED[result["what"]].refused

@@ -252,11 +252,11 @@ HAND_OVERS = {
     ),
     "too few bytes expected": (
         [MAPPED, expect(128), copy_row(128, 1), copy_row(256, 2), wait(0, "one"), load(256)],
-        "a phase ends with tensor copies in flight",
+        "a phase ends with work in flight",
     ),
     "a barrier that goes too early": (
         [MAPPED, expect(128), copy_row(128, 1), invalidate(), BARRIER],
-        "a barrier goes with tensor copies in flight",
+        "a barrier goes with work in flight",
     ),
     "a barrier made twice": ([COPIED, BARRIER, invalidate(), BARRIER, init(), BARRIER], None),
     "a barrier that may still be waited for": (
@@ -304,6 +304,104 @@ def test_what_is_handed_over(case: str) -> None:
                 launch(Launch(text, 4096, [65536], (1,)), memory, seed)
 
 
+# --- tensor memory
+
+# shared memory holds 2,048 ones in float16, then a barrier, then where tensor memory is; a warp's
+# lanes are at %r60
+ONES = (
+    "shl.b32 %r50, %r1, 4;\nmov.b32 %r51, 1006648320;\n"
+    "st.shared.v4.b32 [%r50], {%r51, %r51, %r51, %r51};\n"
+    "st.shared.v4.b32 [%r50 + 2048], {%r51, %r51, %r51, %r51};"
+)
+ALLOCATE = (
+    "mov.b32 %r52, 4112;\n@%p2 tcgen05.alloc.cta_group::1.sync.aligned.shared::cta.b32 [%r52], 32;"
+    f"\n{BARRIER}\nld.shared.b32 %r53, [%r52];\nshl.b32 %r54, %r2, 21;\nadd.s32 %r60, %r53, %r54;"
+)
+DEALLOCATE = f"{BARRIER}\n@%p2 tcgen05.dealloc.cta_group::1.sync.aligned.b32 %r53, 32;"
+# (128, 16) times (16, 16), sums in float32; pieces of eight rows are 256 bytes apart, of 16 bytes
+# of a row 128
+DESCRIPTION = 1 << 4 | 16 // 8 << 17 | 128 // 16 << 24
+OPERAND = 128 >> 4 << 16 | 256 >> 4 << 32 | 1 << 46
+
+
+def tensor_product(adds: int) -> str:
+    return (
+        f"mov.b64 %rd20, {OPERAND};\nmov.b32 %r55, {DESCRIPTION};\nmov.pred %p5, {adds};\n"
+        "@%p1 tcgen05.mma.cta_group::1.kind::f16 [%r53], %rd20, %rd20, %r55, %p5;"
+    )
+
+
+COMMIT = (
+    "mov.b32 %r56, 4096;\n@%p1 tcgen05.commit.cta_group::1.mbarrier::arrive::one"
+    ".shared::cluster.b64 [%r56];"
+)
+PREPARED = f"{ONES}\n{init(4096)}\n{ALLOCATE}"
+FENCE_STORES = f"fence.proxy.async.shared::cta;\n{BARRIER}"
+TWICE = f"{tensor_product(0)}\n{tensor_product(-1)}"
+WAIT_PRODUCTS = wait(0, "products", 4096)
+LOAD = "tcgen05.ld.sync.aligned.32x32b.x1.b32 {%r61}, [%r60 + 3];"
+WAIT_LOAD = "tcgen05.wait::ld.sync.aligned;"
+STORE = "tcgen05.st.sync.aligned.32x32b.x1.b32 [%r60 + 3], {%r51};"
+WAIT_STORE = "tcgen05.wait::st.sync.aligned;"
+END = (
+    "mad.wide.u32 %rd5, %r1, 4, %rd1;\nst.global.b32 [%rd5], %r61;\n"
+    f"mov.b32 %r62, 0;\nst.global.b32 [%rd5 + 512], %r62;\n{DEALLOCATE}"
+)
+TENSOR_MEMORY = {
+    "products": ([FENCE_STORES, TWICE, COMMIT, WAIT_PRODUCTS, LOAD, WAIT_LOAD], None),
+    "sums that were stored": (
+        [STORE, WAIT_STORE, FENCE_STORES, tensor_product(-1), COMMIT, WAIT_PRODUCTS, LOAD,
+         WAIT_LOAD],
+        None,
+    ),
+    "no fence": (
+        [BARRIER, TWICE, COMMIT, WAIT_PRODUCTS], "a product reads what was stored and not fenced",
+    ),
+    "no commit": ([FENCE_STORES, TWICE, WAIT_PRODUCTS], "all wait"),
+    "no wait for products": (
+        [FENCE_STORES, TWICE, COMMIT, LOAD, WAIT_LOAD],
+        "products of warp 0 (may be writing|writes what warp . may be reading)",
+    ),
+    "no wait for products, and all is over": (
+        [FENCE_STORES, TWICE, COMMIT], "comes to what products of warp 0 may be writing",
+    ),
+    "a store to what products read": (
+        [FENCE_STORES, TWICE, COMMIT, "st.shared.b32 [%r50], %r1;"],
+        "products of warp 0 (may be reading|comes to what warp . may be writing)",
+    ),
+    "no wait for stores": (
+        [STORE, FENCE_STORES, TWICE, COMMIT, WAIT_PRODUCTS], "did not wait for tensor memory",
+    ),
+    "no wait for loads": (
+        [FENCE_STORES, TWICE, COMMIT, WAIT_PRODUCTS, LOAD], "did not wait for tensor memory",
+    ),
+    "no barrier after stores": (
+        [FENCE_STORES, STORE, WAIT_STORE, tensor_product(-1), COMMIT, WAIT_PRODUCTS],
+        "may be (writing|reading)",
+    ),
+    "another warp's lanes": ([LOAD.replace("%r60", "%r53")], "comes to lane 0 of tensor memory"),
+    "columns of others": ([LOAD.replace("+ 3", "+ 32")], "columns .* of tensor memory"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", list(TENSOR_MEMORY))
+def test_tensor_memory(case: str) -> None:
+    lines, refused = TENSOR_MEMORY[case]
+    text = kernel_of(PREPARED, *lines, END, threads=128)
+    for seed in range(20):
+        numbers, memory = np.zeros(1024, np.uint8), Memory()
+        memory.add(65536, numbers, 65536, 1024)
+        kernel = Launch(text, 4128, [65536], (1,))
+        if refused is None:
+            launch(kernel, memory, seed)
+            stored = np.uint32(0x3C003C00).view(np.float32)
+            expected = np.float32(32) if case == "products" else 16 + stored
+            assert (numbers.view(np.float32)[:128] == expected).all()
+        else:
+            with pytest.raises(KernelError, match=refused):
+                launch(kernel, memory, seed)
+
+
 def test_blocks_may_not_keep_tensor_maps_in_one_place() -> None:
     place = "mov.u32 %r50, %ctaid.x;\nmul.wide.u32 %rd5, %r50, 128;\nadd.s64 %rd6, %rd1, %rd5;"
     text = kernel_of(place, init(), tensor_map("%rd6"))
@@ -329,7 +427,12 @@ def test_blocks_may_not_keep_tensor_maps_in_one_place() -> None:
         "mov.u32 %r1, %laneid",
         "@%p1 ret",
         "@%p1 bar.sync 0",
+        "add.rz.f32x2 %rd1, %rd2, %rd3",
+        "add.rn.f32.f64 %r1, %rd2, %r3",
         "tcgen05.alloc %r1",
+        "tcgen05.ld.sync.aligned.16x64b.x1.b32 {%r1}, [%r2]",
+        "tcgen05.ld.sync.aligned.32x32b.x2.b32 {%r1}, [%r2]",
+        "tcgen05.mma.cta_group::2.kind::f16 [%r1], %rd1, %rd2, %r2, %p1",
     ],
 )
 def test_unknown_assembly_is_refused(unknown: str) -> None:
