@@ -562,8 +562,11 @@ class NomicMoEModel(nn.Module):
             needs_parameters = torch.is_grad_enabled() and any(
                 one.requires_grad for _, one in super().named_parameters()
             )
-            # an optimizer is about to step, which would find no numbers
-            needs_parameters |= any(part.has_gradients_here() for part in self._packables)
+            # also where an optimizer is about to step, which would find no numbers
+            needs_parameters |= any(
+                part.is_traced or part.has_stand_ins() or part.has_gradients_here()
+                for part in self._packables
+            )
             ops = None if needs_parameters else cpu_ops(self.dtype)
         with LAYING_OUT:
             for part in self._packables:

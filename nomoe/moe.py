@@ -275,10 +275,15 @@ class Packable(nn.Module):
     packed: dict[str, list[Matrix]] | None = None
     # the parameters whose numbers they hold
     sealed: dict[str, nn.Parameter]
-    # its own parameters, whatever `torch.func.functional_call` puts in their place for a while
-    own: dict[str, weakref.ref[nn.Parameter]]
-    # threads that ran it with gradients
-    asked: frozenset[int] = frozenset()
+    # ids of its own parameters, whatever `torch.func.functional_call` puts in their place for a
+    # while; what shards a model wants the old ones gone, and `torch.utils.swap_tensors` no weakrefs
+    own: dict[str, int]
+    # the thread that last ran it with gradients
+    trainer: int | None = None
+    # a compiler made its forward with gradients, whose backward reads the parameters themselves
+    is_traced = False
+    # another module has a parameter of it
+    is_shared = False
 
     def matrices(self, name: str, tensor: Tensor) -> list[Tensor]:
         """View a parameter's tensor as the (O, I) matrices it holds."""
@@ -290,35 +295,34 @@ class Packable(nn.Module):
         self._note_own()
 
     def _note_own(self) -> None:
-        # not kept alive: what shards a model takes them out of `_parameters` to be rid of them
-        self.own = {
-            name: weakref.ref(parameter)
-            for name, parameter in self._parameters.items()
-            if parameter is not None
-        }
+        self.own = {name: id(parameter) for name, parameter in self._parameters.items()}
+
+    def has_stand_ins(self) -> bool:
+        """Whether a parameter that would be packed is not the module's own, or no plain one."""
+        for name in self.packable:
+            one = self._parameters.get(name)
+            if one is not None and (type(one) is not nn.Parameter or self.own.get(name) != id(one)):
+                return True
+        return False
 
     @torch.no_grad()
     def pack(self) -> None:
         """Lay the matrices out for `nomoe_kernels.cpu` and free the originals.
 
         What is computed from other parameters (torch's pruning, parametrizations) stays as it is,
-        and so does what stands in for the module's own.
+        and so does what stands in for the module's own, or is another's too.
         """
         with LAYING_OUT, torch._C._DisableFuncTorch():
             if not self._has_its_parameters():
                 return
-            parameters = {}
-            for name in self.packable:
-                parameter = self._parameters[name]
-                if parameter is not None and name in self.own and parameter is self.own[name]():
-                    parameters[name] = parameter
-            is_whole = len(parameters) == len(self.packable)
             if self.packed is not None:
-                if is_whole and all(map(_is_sealed, parameters.values())):
+                now = self._parameters
+                if all(now[name] is one and _is_sealed(one) for name, one in self.sealed.items()):
                     return
                 self.unpack()
-            if not is_whole:
+            if self._gives_back_others() or self.is_shared:
                 return
+            parameters = {name: self.get_parameter(name) for name in self.packable}
             packed = {}
             for name, parameter in parameters.items():
                 views = self.matrices(name, parameter.data)
@@ -327,13 +331,32 @@ class Packable(nn.Module):
             self.packed, self.sealed = packed, parameters
             for parameter in parameters.values():
                 parameter.data = parameter.new_full((), torch.nan).expand(parameter.shape)
+                parameter.sealed_by = weakref.ref(self)  # type: ignore[attr-defined]
+
+    def _gives_back_others(self) -> bool:
+        """Whether another module holds a parameter's numbers, which it then gives back."""
+        held = [
+            parameter
+            for parameter in self._parameters.values()
+            if parameter is not None and _is_sealed(parameter) and hasattr(parameter, "sealed_by")
+        ]
+        for parameter in held:
+            owner = parameter.sealed_by()
+            if owner is None:
+                raise RuntimeError(
+                    "a weight's numbers went with the module that had packed it for inference: "
+                    "call train() or parameters() of a model before taking its parameters"
+                )
+            owner.unpack()
+            owner.is_shared = self.is_shared = True
+        return bool(held)
 
     def has_gradients_here(self) -> bool:
         """Whether a parameter that would be packed has a gradient, which this thread asked for.
 
-        False where other threads asked too: torch crashes where one reads what another adds up.
+        False where another thread asked last: torch crashes where one reads what it adds up.
         """
-        if self.asked != {threading.get_ident()}:
+        if self.trainer != threading.get_ident():
             return False
         parameters = (self._parameters.get(name) for name in self.packable)
         return any(one is not None and one.is_leaf and one.grad is not None for one in parameters)
@@ -365,6 +388,7 @@ class Packable(nn.Module):
             self._has_its_parameters()
             for name, matrices in (self.packed or {}).items():
                 parameter = self.sealed[name]
+                vars(parameter).pop("sealed_by", None)
                 if not _is_sealed(parameter):
                     parameter.data = parameter.data.contiguous()
                     continue
@@ -373,6 +397,7 @@ class Packable(nn.Module):
                     view.copy_(matrix.unpack())
                 parameter.data = dense
             self.packed, self.sealed = None, {}
+            self._gives_back_others()
 
     def snapshot(self) -> tuple[dict[str, list[Matrix]] | None, dict[str, Tensor]]:
         """The packed matrices, or None and the parameters' numbers.
@@ -382,6 +407,7 @@ class Packable(nn.Module):
         with LAYING_OUT:
             if self.packed is not None:
                 return self.packed, {}
+            self._gives_back_others()
             return None, {name: getattr(self, name).detach() for name in self.packable}
 
     def parameters_now(self) -> dict[str, Tensor]:
@@ -390,23 +416,23 @@ class Packable(nn.Module):
         Another thread may pack between this and their use, and between a forward and its backward.
         """
         parameters: dict[str, Tensor] = {name: getattr(self, name) for name in self.packable}
-        is_safe = not torch.is_grad_enabled() or torch.compiler.is_compiling()
-        if is_safe or any(one.device.type != "cpu" for one in parameters.values()):
+        if not torch.is_grad_enabled() or any(
+            one.device.type != "cpu" for one in parameters.values()
+        ):
+            return parameters
+        if torch.compiler.is_compiling():
+            self.is_traced = True
             return parameters
         with LAYING_OUT:
-            self.asked |= {threading.get_ident()}
+            self.trainer = threading.get_ident()
             self.unpack()
             views = {name: one.view_as(one) for name, one in parameters.items()}
+        # a graph that held the module would hold what the module's hooks keep of the graph
+        owner = weakref.ref(self)
         for view in views.values():
             if view.requires_grad:
-                # an optimizer's step may follow
-                view.register_hook(self._unpack_in_backward)
+                view.register_hook(lambda _: _unpack_in_backward(owner()))
         return views
-
-    def _unpack_in_backward(self, gradient: Tensor) -> None:
-        del gradient
-        if self.packed is not None:
-            self.unpack()
 
     def train(self, mode: bool = True) -> Self:
         """Set the mode; training needs the parameters."""
@@ -433,11 +459,20 @@ class Packable(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         self.unpack()
-        return {name: value for name, value in self.__dict__.items() if name != "own"}
+        of_this_one = {"own", "trainer", "is_traced", "is_shared"}
+        return {name: value for name, value in self.__dict__.items() if name not in of_this_one}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._note_own()
+
+
+def _unpack_in_backward(part: Packable | None) -> None:
+    """Give parameters their numbers back, since an optimizer's step may follow."""
+    if part is not None:
+        part.trainer = threading.get_ident()
+        if part.packed is not None:
+            part.unpack()
 
 
 def _is_sealed(parameter: Tensor | None) -> bool:

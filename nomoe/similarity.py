@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -64,9 +65,16 @@ def _unit_rows(embeddings1: Any, embeddings2: Any) -> tuple[Tensor, Tensor]:
 
 def _tensor(given: Any) -> Tensor:
     """One tensor of an array, a tensor, or a list or tuple of numbers, rows or vectors."""
-    if not isinstance(given, list | tuple) or not given:
-        return torch.as_tensor(given)
-    parts = [torch.as_tensor(one) for one in given]
-    if len({one.shape for one in parts}) > 1:
-        raise ValueError(f"embeddings are {[tuple(one.shape) for one in parts[:8]]}, not alike")
-    return torch.stack(parts)
+    if isinstance(given, list | tuple):
+        if any(isinstance(one, Tensor) for one in given):
+            parts = [
+                one if isinstance(one, Tensor) else torch.as_tensor(np.array(one)) for one in given
+            ]
+            if len({one.shape for one in parts}) > 1:
+                shapes = [tuple(one.shape) for one in parts[:8]]
+                raise ValueError(f"embeddings are {shapes}, not alike")
+            return torch.stack(parts)
+        if any(isinstance(one, np.ndarray) for one in given):
+            # of which torch takes one at a time
+            given = np.stack(given)
+    return torch.as_tensor(given)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -440,7 +440,17 @@ def test_similarity(encoder: Encoder) -> None:
     unit = vectors.astype(np.float64)
     expected = unit @ unit.T
     tensor = torch.from_numpy(vectors)
-    lists = (list(tensor), tuple(tensor), list(vectors), [*tensor[:2], *vectors[2:]])
+    frozen, backwards = vectors.copy(), vectors[:, ::-1].copy()
+    frozen.setflags(write=False)
+    lists: tuple[Sequence[Any], ...] = (
+        list(tensor),
+        tuple(tensor),
+        list(vectors),
+        [*tensor[:2], *frozen[2:]],
+        list(frozen),
+        [one[::-1] for one in backwards],
+        [one.astype(">f4") for one in vectors],
+    )
     for first in (vectors, tensor, *lists, vectors.tolist(), 3 * vectors):
         with warnings.catch_warnings():
             # torch warns of lists of arrays, which it takes slowly

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import multiprocessing
 import os
 import pickle
@@ -26,6 +27,7 @@ from nomoe_kernels import cpu, matrices
 from tests.conftest import LIBRARIES
 from tests.test_cpu_ops import DTYPES, embed, packed
 
+NAME = "encoder.layers.0.attn.Wqkv.weight"
 pytestmark = pytest.mark.skipif(not DTYPES, reason="torch has no oneDNN here")
 
 
@@ -265,12 +267,114 @@ def test_weights_put_in_past_the_module_run_as_they_are(
     old = weakref.ref(layer.weight)
     layer._parameters["weight"] = nn.Parameter(2 * layer.weight.detach())
     assert old() is None
-    name = "encoder.layers.0.attn.Wqkv.weight"
     fresh = NomicMoEModel(model.config).eval()
-    fresh.load_state_dict(checkpoint | {name: 2 * checkpoint[name]})
+    fresh.load_state_dict(checkpoint | {NAME: 2 * checkpoint[NAME]})
     torch.testing.assert_close(embed(model), embed(fresh), atol=1e-5, rtol=0)
     assert layer.packed is None
-    assert layer.weight.equal(2 * checkpoint[name])
+    assert layer.weight.equal(2 * checkpoint[NAME])
+
+
+def loss_of(run: Callable[..., Any]) -> Tensor:
+    return run(torch.arange(4, 34)[None])[0].pow(3).sum()  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("by_layer", [False, True])
+def test_inference_before_a_compiled_models_step(by_layer: bool, model: NomicMoEModel) -> None:
+    """Whose backward reads the parameters themselves."""
+    again = copy.deepcopy(model)
+    loss_of(again).backward()
+    compiled: Callable[..., Any] = model
+    torch.compiler.reset()
+    if by_layer:
+        for layer in model.encoder.layers:
+            layer.compile(backend="aot_eager")
+    else:
+        compiled = torch.compile(model, backend="aot_eager")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    loss = loss_of(compiled)
+    embed(model)
+    loss.backward()
+    embed(model)
+    optimizer.step()
+    for one, other in zip(model.parameters(), again.parameters(), strict=True):
+        assert one.isfinite().all()
+        torch.testing.assert_close(one.grad, other.grad)
+
+
+def test_another_thread_trained_before(model: NomicMoEModel) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(lambda: loss_of(model).backward()).result()
+    model.zero_grad()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    loss_of(model).backward()
+    embed(model)
+    optimizer.step()
+    assert all(one.isfinite().all() for one in model.parameters())
+
+
+def test_what_hooks_keep_of_a_forward_keeps_no_model_alive(
+    checkpoint: dict[str, Tensor], model: NomicMoEModel
+) -> None:
+    def run() -> weakref.ref[nn.Module]:
+        fresh = NomicMoEModel(model.config).eval()
+        fresh.load_state_dict(checkpoint)
+        layer, kept = fresh.encoder.layers[1].attn.out_proj, []
+        layer.register_forward_hook(lambda part, inputs, out: kept.append(out))
+        loss_of(fresh).backward()
+        assert len(kept) == 1
+        return weakref.ref(fresh.encoder.layers[0].attn.Wqkv)
+
+    first = run()
+    gc.collect()
+    assert first() is None
+
+
+def test_modules_may_share_a_parameter(checkpoint: dict[str, Tensor], model: NomicMoEModel) -> None:
+    """Of one model or two, before and while it is packed."""
+    fresh = NomicMoEModel(model.config).eval()
+    other = NAME.replace("0", "1")
+    fresh.load_state_dict({**checkpoint, other: checkpoint[NAME]})
+    expected, before = embed(fresh), embed(model)
+    second = copy.deepcopy(model)
+    nn.init.zeros_(second.encoder.layers[0].attn.Wqkv.weight)
+    embed(second)
+    weight = model.encoder.layers[0].attn.Wqkv.weight
+    second.encoder.layers[0].attn.Wqkv.weight = weight
+    for one in (second, model, second):
+        torch.testing.assert_close(embed(one), before, atol=1e-5, rtol=0)
+    model.encoder.layers[1].attn.Wqkv.weight = weight
+    for _ in range(2):
+        torch.testing.assert_close(embed(model), expected, atol=1e-5, rtol=0)
+    fresh.encoder.layers[0].attn.Wqkv = copy.copy(fresh.encoder.layers[0].attn.Wqkv)
+    torch.testing.assert_close(embed(fresh), expected, atol=1e-5, rtol=0)
+
+
+def test_a_parameter_whose_numbers_went_with_its_module_is_refused(
+    checkpoint: dict[str, Tensor], model: NomicMoEModel
+) -> None:
+    fresh = NomicMoEModel(model.config).eval()
+    fresh.load_state_dict(checkpoint)
+    embed(fresh)
+    weight = fresh.encoder.layers[0].attn.Wqkv.weight
+    del fresh
+    gc.collect()
+    model.encoder.layers[0].attn.Wqkv.weight = weight
+    with pytest.raises(RuntimeError, match="went with the module"):
+        embed(model)
+
+
+def test_parameters_may_be_swapped(monkeypatch: pytest.MonkeyPatch, model: NomicMoEModel) -> None:
+    """As torch does in moves of tensors of other kinds, and in all where it is told to."""
+    before = embed(model)
+    monkeypatch.setattr(torch.__future__, "_swap_module_params_on_conversion", True)
+    fresh = NomicMoEModel.from_pretrained(data.TINY, device="cpu")
+    assert torch.equal(embed(fresh.double().float()), before)
+    assert torch.equal(embed(model.double().float()), before)
+    assert packed(model)
+    weight = model.encoder.layers[0].attn.Wqkv.weight
+    torch.utils.swap_tensors(weight, nn.Parameter(fresh.state_dict()[NAME].clone() * 2))
+    fresh.get_parameter(NAME).data.mul_(2)
+    torch.testing.assert_close(embed(model), embed(fresh), atol=1e-5, rtol=0)
 
 
 def test_a_forward_that_needs_gradients_unpacks(model: NomicMoEModel) -> None:
