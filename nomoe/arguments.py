@@ -74,7 +74,7 @@ def choose_prompt(
         prompt: The prompt itself; beats `name`.
 
     Raises:
-        TypeError: `prompt` is not a str.
+        TypeError: `prompt` or `name` is not a str.
         ValueError: An unknown name, or a prompt that is not valid Unicode.
     """
     if prompt is not None:
@@ -85,8 +85,11 @@ def choose_prompt(
     name = default if name is None else name
     if name is None:
         return ""
+    if not isinstance(name, str):
+        raise TypeError(f"prompt_name is {type(name).__name__}, expected str")
     if name not in prompts:
-        raise ValueError(f"no prompt is named {name!r}; known: {', '.join(sorted(prompts))}")
+        known = ", ".join(sorted(prompts))
+        raise ValueError(f"no prompt is named {name!r}; known: {known}; prompt= takes any text")
     return prompts[name]
 
 

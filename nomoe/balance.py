@@ -69,8 +69,10 @@ def load_balancing_loss(probabilities_TE: Tensor, top_k: int) -> Tensor:
         top_k: Experts per token.
 
     Returns:
-        A scalar.
+        A scalar; 0 where there are no tokens.
     """
+    if not len(probabilities_TE):
+        return probabilities_TE.sum()
     experts = probabilities_TE.shape[1]
     chosen_TK = probabilities_TE.detach().topk(top_k, dim=-1).indices
     counts_E = torch.bincount(chosen_TK.flatten(), minlength=experts)

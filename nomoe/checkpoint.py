@@ -1,7 +1,8 @@
 """From a folder or a Hub repository to checked tensors.
 
 Only safetensors files are read. A float32 checkpoint loaded as float32 on a CPU keeps its tensors
-memory-mapped: they are never copied, and processes on one machine share them.
+memory-mapped: they are not copied, and processes on one machine share them, until the first
+inference lays the large matrices out in memory of its own. The file must stay as it is meanwhile.
 """
 
 from __future__ import annotations

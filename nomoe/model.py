@@ -51,7 +51,8 @@ class NomicMoEOutput(NamedTuple):
     last_hidden_state: Tensor
     # after the embedding norm, then after each layer
     hidden_states: tuple[Tensor, ...] | None = None
-    # softmax probabilities of the chosen experts, float32, best first
+    # softmax probabilities of the chosen experts, divided by their sum where the config says so;
+    # float32, best first
     router_weights: tuple[Tensor, ...] | None = None
     # the experts they belong to, int64
     router_experts: tuple[Tensor, ...] | None = None
@@ -189,8 +190,6 @@ class NomicMoEModel(nn.Module):
         self.embeddings = Embeddings(config)
         self.emb_ln = LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.encoder = Layers(config)
-        # a list at hand: to walk all modules takes longer than some of a short forward's layers
-        self._packables = [part for part in self.modules() if isinstance(part, Packable)]
         self._number = opaque.register(self)
         self.reset_parameters()
 
@@ -297,13 +296,16 @@ class NomicMoEModel(nn.Module):
         self.backend = backend
         return self
 
+    def _packables(self) -> list[Packable]:
+        return [part for part in self.encoder.modules() if isinstance(part, Packable)]
+
     def named_parameters(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Parameter]]:
         """As every module's; a parameter whose numbers are packed gets them back as it comes by."""
         owners = {
             id(parameter): part
-            for part in self._packables
+            for part in self._packables()
             for name in part.packable
             if (parameter := part._parameters.get(name)) is not None
         }
@@ -476,8 +478,9 @@ class NomicMoEModel(nn.Module):
         """`forward_packed` as torch.compile sees it: one operator."""
         parameters = super().named_parameters()
         trained = next((one for _, one in parameters if one.requires_grad), None)
-        states = self.config.n_layer + 1 if output_hidden_states else 1
-        routings = len(self.config.moe_layers) if output_routing else 0
+        layers = self.encoder.layers
+        states = len(layers) + 1 if output_hidden_states else 1
+        routings = sum(isinstance(one.mlp, MoE) for one in layers) if output_routing else 0
         flat = opaque.forward_packed(
             ids_T,
             lengths
@@ -556,20 +559,22 @@ class NomicMoEModel(nn.Module):
     @untraced
     def _lay_out(self) -> Ops:
         """Have the weights as the forward that follows wants them, and give its kernels."""
+        if self.backend.name != "torch" or self.device.type != "cpu":
+            return self.backend.ops
         ops = None
-        is_cpu = self.backend.name == "torch" and self.device.type == "cpu"
-        if is_cpu and self.packs_matrices and not self.training:
+        parts = self._packables()
+        if self.packs_matrices and not self.training:
             needs_parameters = torch.is_grad_enabled() and any(
                 one.requires_grad for _, one in super().named_parameters()
             )
             # also where an optimizer is about to step, which would find no numbers
             needs_parameters |= any(
                 part.is_traced or part.has_stand_ins() or part.has_gradients_here()
-                for part in self._packables
+                for part in parts
             )
             ops = None if needs_parameters else cpu_ops(self.dtype)
         with LAYING_OUT:
-            for part in self._packables:
+            for part in parts:
                 if ops is None:
                     part.unpack()
                 else:

@@ -95,9 +95,7 @@ class Backend(NamedTuple):
         self, tokens: int, longest: int, head_width: int, dtype: torch.dtype, device: torch.device
     ) -> AttentionTile:
         """How attention cuts a batch of so many tokens, in texts of about that length at most."""
-        from nomoe_kernels import fused, invariant
-
-        kernels = invariant if self.batch_invariant else fused
+        kernels: Any = self.ops
         tile: AttentionTile = kernels.attention_tile(tokens, longest, head_width, dtype, device)
         return tile
 
@@ -325,6 +323,11 @@ class Packable(nn.Module):
             parameters = {name: self.get_parameter(name) for name in self.packable}
             packed = {}
             for name, parameter in parameters.items():
+                if parameter.data.flatten()[0].isnan() and parameter.data.isnan().all():
+                    raise RuntimeError(
+                        "a weight is NaN throughout; if it was computed from one whose numbers "
+                        "were packed for inference, call the model's train() or parameters() first"
+                    )
                 views = self.matrices(name, parameter.data)
                 packed[name] = [cpu.pack_weight(view) for view in views]
             # whole before any parameter loses its numbers

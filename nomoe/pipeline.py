@@ -139,12 +139,8 @@ def embed_tokens(
         ]
         return lambda: texts
 
-    for window, parts in run(engine, windows, plan, bar, launch):
-        rows: list[dict[str, Tensor]] = [{}] * len(window.ids)
-        for batch, texts in parts:
-            for position, text in zip(batch.positions, texts, strict=True):
-                rows[position] = text
-        yield rows
+    for _, parts in run(engine, windows, plan, bar, launch):
+        yield _in_order(parts)
 
 
 def route(
@@ -166,12 +162,17 @@ def route(
         return lambda: texts
 
     for window, parts in run(engine, windows, plan, bar, launch):
-        by_position = {
-            position: text
-            for batch, texts in parts
-            for position, text in zip(batch.positions, texts, strict=True)
-        }
-        yield window, [by_position[position] for position in range(len(window.ids))]
+        yield window, _in_order(parts)
+
+
+def _in_order(parts: list[tuple[Batch, list[Result]]]) -> list[Result]:
+    """The results of a window's texts in its order."""
+    by_position = {
+        position: text
+        for batch, texts in parts
+        for position, text in zip(batch.positions, texts, strict=True)
+    }
+    return [by_position[position] for position in range(len(by_position))]
 
 
 def progress(

@@ -89,7 +89,8 @@ def read_sentence_settings(folder: Path, n_positions: int) -> SentenceSettings:
 
     settings = _read(folder / PROMPTS_FILE, dict) or {}
     similarity = settings.get("similarity_fn_name")
-    if similarity not in (None, "cosine", "dot"):
+    # of unit vectors both are the same
+    if similarity not in (None, "cosine", "dot") or (similarity == "dot" and not normalizes):
         raise ValueError(
             f"{folder / PROMPTS_FILE}: similarity_fn_name {similarity!r} is unsupported"
         )

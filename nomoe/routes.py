@@ -21,7 +21,7 @@ class Routes:
     tokens: list[list[str]]
     # chosen experts, (tokens, MoE layers, K) int64, best first
     experts: list[npt.NDArray[np.int64]]
-    # their softmax probabilities, (tokens, MoE layers, K) float32
+    # their router weights, (tokens, MoE layers, K) float32
     weights: list[npt.NDArray[np.float32]]
     # tokens sent to each expert, (MoE layers, E) int64
     counts: npt.NDArray[np.int64]

@@ -67,9 +67,7 @@ def _tensor(given: Any) -> Tensor:
     """One tensor of an array, a tensor, or a list or tuple of numbers, rows or vectors."""
     if isinstance(given, list | tuple):
         if any(isinstance(one, Tensor) for one in given):
-            parts = [
-                one if isinstance(one, Tensor) else torch.as_tensor(np.array(one)) for one in given
-            ]
+            parts = [one if isinstance(one, Tensor) else _tensor(np.asarray(one)) for one in given]
             if len({one.shape for one in parts}) > 1:
                 shapes = [tuple(one.shape) for one in parts[:8]]
                 raise ValueError(f"embeddings are {shapes}, not alike")
@@ -77,4 +75,7 @@ def _tensor(given: Any) -> Tensor:
         if any(isinstance(one, np.ndarray) for one in given):
             # of which torch takes one at a time
             given = np.stack(given)
+    if isinstance(given, np.ndarray):
+        # copied only where torch warns of it or cannot view it
+        given = np.require(given, given.dtype.newbyteorder("="), ["C", "W"])
     return torch.as_tensor(given)

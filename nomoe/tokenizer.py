@@ -45,9 +45,10 @@ class Tokenizer:
                 f"{path} gives ids up to {largest}, but the model's table has {vocabulary} rows: "
                 "tokenizer and weights belong to different checkpoints"
             )
-        special = self.backend.encode("").tokens
-        if len(special) != 2:
-            raise ValueError(f"{path} turns an empty text into {special}, expected <s> and </s>")
+        word = self.backend.encode("a")
+        mask = word.special_tokens_mask
+        if sum(mask) != 2 or not (mask[0] and mask[-1]):
+            raise ValueError(f"{path} turns 'a' into {word.tokens}, expected <s> ... </s>")
 
     def __call__(self, texts: list[str], max_length: int) -> Tokens:
         """Tokenise in parallel; a text over `max_length` tokens keeps its end token."""

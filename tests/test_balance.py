@@ -39,6 +39,7 @@ def test_ends_of_its_range() -> None:
     assert float(load_balancing_loss(even, 1)) == pytest.approx(1)
     same = torch.tensor([[0.5, 0.5, 0, 0, 0, 0, 0, 0]]).expand(9, 8)
     assert float(load_balancing_loss(same, 2)) == pytest.approx(4)
+    assert float(load_balancing_loss(same[:0], 2)) == 0
 
 
 @pytest.mark.usefixtures("library")

@@ -468,6 +468,12 @@ def test_similarity(encoder: Encoder) -> None:
     )
     assert encoder.similarity_pairwise(vectors[0], vectors[0]).shape == (1,)
     assert encoder.similarity(list(vectors[0]), vectors[0].tolist()).shape == (1, 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for one in (frozen, backwards[:, ::-1], vectors.astype(">f4")):
+            torch.testing.assert_close(
+                encoder.similarity(one, vectors), encoder.similarity(vectors, vectors)
+            )
     with pytest.raises(ValueError, match=r"are \[\(96,\), \(32,\)\], not alike"):
         encoder.similarity([tensor[0], tensor[1, :32]], vectors)
     with pytest.raises(ValueError, match="3 rows cannot be paired with 2"):

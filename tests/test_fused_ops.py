@@ -510,6 +510,14 @@ def test_pool_of_nothing_but_zeros() -> None:
         assert module.pool(hidden_TD, [2, 1], Pooling(16, True, True)).tolist() == [[0.0] * 16] * 2
 
 
+def test_pool_at_its_edges() -> None:
+    hidden_TD = torch.zeros(0, 32, device=DEVICE)
+    for module in (fused, reference):
+        assert module.pool(hidden_TD, [], Pooling(16, True, True)).shape == (0, 16)
+        with pytest.raises(ValueError, match="33 features were asked for, hidden_TD has 32"):
+            module.pool(hidden_TD, [], Pooling(33, True, True))
+
+
 @triton.jit
 def gelu_kernel(x_ptr, out_ptr, EXACT: tl.constexpr, BLOCK: tl.constexpr):
     offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)

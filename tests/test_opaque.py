@@ -80,8 +80,11 @@ def test_who_compiles_nothing_imports_no_compiler() -> None:
     subprocess.run([sys.executable, "-c", program], env=environment, check=True)
 
 
-def test_all_outputs_come_through() -> None:
+@pytest.mark.parametrize("kept", [None, 1])
+def test_all_outputs_come_through(kept: int | None) -> None:
+    """Also of a model some of whose layers were taken out."""
     model = small_model()
+    model.encoder.layers = model.encoder.layers[:kept]
     ids_T, lengths = packed(batch_of([2, 3]))
     ids_T = ids_T.to(DEVICE)
     options = {"output_hidden_states": True, "output_routing": True}

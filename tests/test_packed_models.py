@@ -363,6 +363,29 @@ def test_a_parameter_whose_numbers_went_with_its_module_is_refused(
         embed(model)
 
 
+def test_a_weight_computed_from_a_packed_one_is_refused(model: NomicMoEModel) -> None:
+    weight = model.encoder.layers[0].attn.Wqkv.weight
+    weight.data = 1.1 * weight.data
+    with pytest.raises(RuntimeError, match="NaN throughout"):
+        embed(model)
+
+
+def test_layers_may_be_taken_out_and_exchanged(model: NomicMoEModel) -> None:
+    """What is gone is neither packed nor pickled."""
+    layers = model.encoder.layers
+    gone, layers[0].mlp = layers[1], copy.deepcopy(layers[0].mlp)
+    model.encoder.layers = layers[:1]
+    plain = copy.deepcopy(model)
+    plain.packs_matrices = False  # type: ignore[misc]
+    torch.testing.assert_close(embed(model), embed(plain), atol=1e-5, rtol=0)
+    assert all(part.packed for part in model.modules() if isinstance(part, Linear))
+    gone.train()
+    embed(model)
+    assert not any(part.packed for part in gone.modules() if isinstance(part, Linear))
+    size = sum(one.nbytes for one in model.state_dict().values())
+    assert len(pickle.dumps(model)) < size + 200_000
+
+
 def test_parameters_may_be_swapped(monkeypatch: pytest.MonkeyPatch, model: NomicMoEModel) -> None:
     """As torch does in moves of tensors of other kinds, and in all where it is told to."""
     before = embed(model)

@@ -210,7 +210,24 @@ def test_a_tokenizer_of_another_checkpoint(folder: Path) -> None:
 
 def test_a_tokenizer_without_special_tokens(folder: Path) -> None:
     edit(folder / "tokenizer.json", post_processor=None)
-    with pytest.raises(ValueError, match=r"turns an empty text into \[\], expected <s> and </s>"):
+    with pytest.raises(ValueError, match=r"turns 'a' into \[.*\], expected <s> \.\.\. </s>"):
+        Encoder.from_pretrained(folder)
+
+
+def test_a_tokenizer_with_two_end_tokens(folder: Path) -> None:
+    processor = json.loads((folder / "tokenizer.json").read_text())["post_processor"]
+    processor["single"] = [*processor["single"][1:], processor["single"][-1]]
+    edit(folder / "tokenizer.json", post_processor=processor)
+    with pytest.raises(ValueError, match=r"expected <s> \.\.\. </s>"):
+        Encoder.from_pretrained(folder)
+
+
+def test_a_dot_product_of_vectors_of_any_length(folder: Path) -> None:
+    edit(folder / "config_sentence_transformers.json", similarity_fn_name="dot")
+    Encoder.from_pretrained(folder)
+    modules = json.loads((folder / "modules.json").read_text())
+    (folder / "modules.json").write_text(json.dumps(modules[:2]))
+    with pytest.raises(ValueError, match="similarity_fn_name 'dot' is unsupported"):
         Encoder.from_pretrained(folder)
 
 

@@ -1,4 +1,4 @@
-"""The operations of `nomoe_kernels.reference` for inference on a CPU: same names, same results.
+"""What a model asks of `nomoe_kernels.reference`, for inference on a CPU: same names and results.
 
 Products run in oneDNN or MKL on matrices laid out for it in advance, see `matrices`. Nothing here
 has a gradient, and an operation may overwrite the activations it is given.
@@ -6,16 +6,15 @@ has a gradient, and an operation may overwrite the activations it is given.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import accumulate, groupby
-from typing import Any, NamedTuple
+from itertools import accumulate
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .matrices import Matrix, WideMatrix, in_mkl, pack_weight, widens
-from .reference import MoEWeights, Norm, embed, pool, rotary_angles, route
+from .reference import MoEWeights, Norm, Packing, embed, pack, pool, route
 
 __all__ = [
     "add_layer_norm",
@@ -61,35 +60,6 @@ def _add_layer_norm(x_TD: Tensor, y_TD: Tensor, norm: Norm) -> Tensor:
     sum_TD = y_TD.float().add_(x_TD)
     weight_D, bias_D = norm.weight_D.float(), norm.bias_D.float()
     return F.layer_norm(sum_TD, weight_D.shape, weight_D, bias_D, norm.eps)
-
-
-class Packing(NamedTuple):
-    """How a packed batch divides into texts, and where each token stands."""
-
-    # first token, token after the last, and length of neighbouring texts of equal length
-    groups: list[tuple[int, int, int]]
-    # cosine and sine of each token's rotary angles, (T, 1, 1, H / 2), float32
-    cos: Tensor
-    sin: Tensor
-
-
-def pack(
-    lengths: Sequence[int],
-    positions_T: Tensor,
-    span: int,
-    head_width: int,
-    rotary_base: float,
-    dtype: torch.dtype,
-) -> Packing:
-    """As `reference.pack`."""
-    groups = []
-    start = 0
-    for length, run in groupby(lengths):
-        end = start + length * sum(1 for _ in run)
-        groups.append((start, end, length))
-        start = end
-    cos, sin = rotary_angles(positions_T, head_width, rotary_base)
-    return Packing(groups, cos[:, None, None], sin[:, None, None])
 
 
 def attention(qkv_T3NH: Tensor, packing: Packing) -> Tensor:

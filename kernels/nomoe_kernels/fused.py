@@ -1,6 +1,6 @@
 """The operations of `nomoe_kernels.reference` as Triton kernels: same names, same results.
 
-(All but `expert_mlp`, the reference's own way through a layer.)
+(All but `expert_mlp` and `rotate`, the reference's own steps.)
 
 They run on CUDA devices of compute capability 8.0 and up, and on a CPU under Triton's interpreter
 (TRITON_INTERPRET=1 in the environment before the first import), which is for tests. float32 sums

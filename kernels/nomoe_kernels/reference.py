@@ -73,7 +73,8 @@ def route(
         normalize: Divide each token's K weights by their sum.
 
     Returns:
-        weights_TK: Softmax probability (over all E) of each chosen expert, float32, best first.
+        weights_TK: Softmax probability (over all E) of each chosen expert, with `normalize`
+            divided by their sum; float32, best first.
         experts_TK: Its index, int64. Of equal probabilities the lower index comes first.
     """
     # autocast would round both operands again
@@ -296,7 +297,8 @@ def linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, *, gelu: bool
 class Packing(NamedTuple):
     """How the T tokens of a packed batch divide into texts, and where each token stands."""
 
-    lengths: Sequence[int]
+    # first token, token after the last, and length of neighbouring texts of equal length
+    groups: list[tuple[int, int, int]]
     # cosine and sine of each token's rotary angles, (T, 1, 1, H / 2), float32
     cos: Tensor
     sin: Tensor
@@ -333,8 +335,15 @@ def pack(
         rotary_base: Base of the rotary frequencies.
         dtype: Of the tokens.
     """
+    groups = []
+    start = 0
+    # neighbours of equal length share one call
+    for length, run in groupby(lengths):
+        end = start + length * sum(1 for _ in run)
+        groups.append((start, end, length))
+        start = end
     cos, sin = rotary_angles(positions_T, head_width, rotary_base)
-    return Packing(lengths, cos[:, None, None], sin[:, None, None])
+    return Packing(groups, cos[:, None, None], sin[:, None, None])
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -364,17 +373,13 @@ def attention(qkv_T3NH: Tensor, packing: Packing) -> Tensor:
     q_TNH, k_TNH = rotate(qkv_T3NH[:, :2], packing.cos, packing.sin).unbind(dim=1)
     v_TNH = qkv_T3NH[:, 2]
     parts = []
-    start = 0
-    # neighbours of equal length share one call
-    for length, run in groupby(packing.lengths):
-        end = start + length * sum(1 for _ in run)
+    for start, end, length in packing.groups:
         q_BNLH, k_BNLH, v_BNLH = (
             t_TNH[start:end].unflatten(0, (-1, length)).transpose(1, 2)
             for t_TNH in (q_TNH, k_TNH, v_TNH)
         )
         out_BNLH = F.scaled_dot_product_attention(q_BNLH, k_BNLH, v_BNLH)
         parts.append(out_BNLH.transpose(1, 2).flatten(0, 1).flatten(1))
-        start = end
     return torch.cat(parts) if parts else v_TNH.flatten(1)
 
 
@@ -388,6 +393,12 @@ def pool(hidden_TD: Tensor, lengths: Sequence[int], pooling: Pooling) -> Tensor:
 
     Each text is reduced on its own, so its vector does not depend on its batch.
     """
+    if pooling.dim > hidden_TD.shape[1]:
+        raise ValueError(
+            f"{pooling.dim} features were asked for, hidden_TD has {hidden_TD.shape[1]}"
+        )
+    if not lengths:
+        return hidden_TD.new_empty(0, pooling.dim, dtype=torch.float32)
     vectors = torch.stack([part.float().mean(dim=0) for part in hidden_TD.split(list(lengths))])
     if pooling.normalize_before:
         vectors = F.normalize(vectors, dim=1)
