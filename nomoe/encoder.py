@@ -147,7 +147,10 @@ class Encoder:
 
     @property
     def max_seq_length(self) -> int:
-        """Longest text in tokens, special tokens and prompt included; longer ones are cut."""
+        """Longest text in tokens, special tokens and prompt included; longer ones are cut.
+
+        Settable; ValueError where the model has no such length.
+        """
         return self._max_seq_length
 
     @max_seq_length.setter
@@ -156,7 +159,7 @@ class Encoder:
 
     @property
     def truncate_dim(self) -> int | None:
-        """Features to keep (Matryoshka); None keeps all."""
+        """Features to keep (Matryoshka); None keeps all. Settable; ValueError outside 1..d."""
         return self._truncate_dim
 
     @truncate_dim.setter
@@ -189,7 +192,12 @@ class Encoder:
         return self.get_embedding_dimension()
 
     def to(self, device: str | torch.device) -> Encoder:
-        """Move the model to a device, keeping its dtype."""
+        """Move the model to a device, keeping its dtype.
+
+        Raises:
+            ValueError: Not the name of a device that computes.
+            RuntimeError: The device, or the backend on it, cannot run here.
+        """
         device = resolve_device(device)
         if device.type != self.device.type:
             # what it holds there would be in the way
@@ -259,7 +267,8 @@ class Encoder:
             batch_size: Most texts of a batch; None leaves it to `batch_tokens`.
             show_progress_bar: True or False; None shows one on a terminal once work takes long.
             output_value: "sentence_embedding"; "token_embeddings" for each text's last hidden
-                states; None for a dict per text with both, `input_ids` and `attention_mask`.
+                states, a float32 tensor (L, D) on the encoder's device; None for a dict per text
+                with both, `input_ids` and `attention_mask`.
             precision: "float32", "int8", "uint8", "binary" or "ubinary"; see `nomoe.quantize`.
             convert_to_numpy: Return numpy arrays; if neither is asked for, a list of tensors.
             convert_to_tensor: Return one tensor on the encoder's device; beats `convert_to_numpy`.
@@ -283,6 +292,7 @@ class Encoder:
             TypeError: The input or one of its items is not text; the message says which.
             ValueError: An unknown prompt name, precision or dimension, text that is not valid
                 Unicode, or a text too long under `on_too_long="error"`.
+            RuntimeError: `device` cannot be used here.
             torch.OutOfMemoryError: On CUDA, a text does not fit in memory even by itself.
         """
         texts = _as_list(inputs)

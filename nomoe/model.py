@@ -638,4 +638,4 @@ def _sent(tensor: Tensor, device: torch.device) -> Tensor:
 
 def _require_integers(name: str, tensor: Tensor) -> None:
     if tensor.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8):
-        raise ValueError(f"{name} has dtype {tensor.dtype}, expected integers")
+        raise ValueError(f"{name} has dtype {tensor.dtype}, expected int64, int32, int16 or uint8")

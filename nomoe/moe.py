@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import threading
 import weakref
 from collections.abc import Callable, Sequence
@@ -219,6 +220,16 @@ def _triton_obstacle(
         major, minor = torch.cuda.get_device_capability(device)
         if major < 8:
             return f"{device} has compute capability {major}.{minor}, below 8.0"
+        import triton
+
+        release = tuple(map(int, re.findall(r"\d+", triton.__version__)[:3]))
+        if major == 10 and release < (3, 7, 1):
+            # pytorch#181248, triton#9871; on 9.0, where it leaves out some as well, nobody saw it
+            return (
+                f"{device} has compute capability {major}.{minor}, on which Triton "
+                f"{triton.__version__} leaves out fences and gives wrong numbers at times; Triton "
+                "3.7.1, of torch 2.13, does not"
+            )
     from nomoe_kernels import checks
 
     if device.type != "cuda" and not (device.type == "cpu" and checks.INTERPRETED):

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import triton
 from torch import Tensor
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
@@ -35,6 +36,10 @@ from tests.test_attention_ops import exact_attention
 from tests.test_fused_ops import BOUNDS, Case, exact_layer, make_layer
 
 compile_kernel = JITFunction.run
+# before it Triton wrote no fence between such a copy and a product; that shows on 10.0 alone, where
+# the model refuses it
+FENCES_COPIES = (3, 7, 1)
+RELEASE = tuple(map(int, re.findall(r"\d+", triton.__version__)[:3]))
 # what Triton aligns the memory to in which kernels keep their descriptors
 SCRATCH_ALIGNMENT = 128
 
@@ -91,7 +96,8 @@ class Emulator:
         if self.spoil and self.spoil.kernel == kernel.metadata.name:
             text, count = re.subn(self.spoil.pattern, self.spoil.replacement, text)
             self.spoiled += count
-        started = Launch(text, kernel.metadata.shared, parameters, tuple(grid))
+        trusts_copies = RELEASE < FENCES_COPIES
+        started = Launch(text, kernel.metadata.shared, parameters, tuple(grid), trusts_copies)
         emulator.launch(started, memory, seed=self.launches)
         self.launches += 1
 
@@ -182,19 +188,20 @@ def dense(plans: dict[str, Plan], dtype: torch.dtype) -> Iterator[tuple[str, flo
 
 
 def attention(plans: dict[str, Plan], dtype: torch.dtype) -> Iterator[tuple[str, float]]:
-    lengths = [1, 150, 33]
+    # the second has more blocks of keys than a loop has stages
+    lengths = [1, 220, 33]
     generator = torch.Generator().manual_seed(3)
     positions_T = torch.cat([torch.arange(length) for length in lengths])
     few = AttentionTile("rotating", 16, 16, 4, 2)
     known = {
-        configs.attention_formula(configs.AttentionShape(64, dtype.itemsize, longest, 184))
-        for longest in (16, 64, 150, 512)
+        configs.attention_formula(configs.AttentionShape(64, dtype.itemsize, longest, 254))
+        for longest in (16, 64, 220, 512)
     }
     for tile in sorted({few, few._replace(stages=1), *known}):
         for heads, width in ((1, 64), (2, 16)):
-            qkv = torch.randn(184, 3, heads, width, generator=generator).to(dtype)
+            qkv = torch.randn(254, 3, heads, width, generator=generator).to(dtype)
             exact_TD = exact_attention(qkv, positions_T, lengths)
-            packing = fused.pack(lengths, positions_T, 200, width, 10000.0, dtype, tile=tile)
+            packing = fused.pack(lengths, positions_T, 250, width, 10000.0, dtype, tile=tile)
             out_TD = fused.attention(qkv, packing)
             yield f"attention, {heads} x {width}, {tuple(tile)}", off(out_TD, exact_TD)
 
@@ -318,6 +325,14 @@ SPOILED = {
     "no wait for stores to tensor memory": Spoil(
         "attention", None, "attention_kernel", r"tcgen05\.wait::st[^;]*;", "",
         "did not wait for tensor memory", "cuda:100",
+    ),
+    "no fence between copies and products of tensor memory": Spoil(
+        "dense", "pointer 64 x 128", "pointer_kernel", r"fence\.proxy\.async[^;]*;", "",
+        "a product reads what was stored and not fenced", "cuda:100",
+    ),
+    "no deallocation": Spoil(
+        "dense", "pointer 128 x 128", "pointer_kernel", r"@\S+ tcgen05\.dealloc[^;]*;", "",
+        "ends and keeps its tensor memory", "cuda:100",
     ),
     "no fence before products of tensor memory": Spoil(
         "attention", None, "attention_kernel", r"fence\.proxy\.async[^;]*;", "",

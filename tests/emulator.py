@@ -10,8 +10,8 @@ left alone.
 
 Not modelled: rounding within a tensor core (sums here are float32), approximations, threads of a
 warp that are not in step, limits on registers and on tensor maps, copies of one group out of their
-order, and fences but for those of tensor maps, those of products' registers, and, in the order that
-a run took, those between a store and a product that reads it.
+order, and fences but for those of tensor maps, of products' registers, and between what is stored
+or copied and a product that reads it.
 Sources: NVIDIA's PTX ISA 8.7; for operands in shared memory CUTLASS's mma_sm90_desc.hpp.
 """
 
@@ -54,7 +54,6 @@ SWIZZLED_MAP = {3: 128, 2: 64, 1: 32}
 ELEMENT = {1: 2, 6: 2, 7: 4, 10: 2}
 # bytes of a barrier and of a tensor map
 BARRIER, MAP = 8, 128
-NOBODY = -1
 # turns in a row that warps wait in vain before a tensor copy is no longer put off, and before a
 # kernel is given up that has none in flight
 IMPATIENCE, PATIENCE = 20, 4000
@@ -325,6 +324,7 @@ class Block:
         grid: Sequence[int],
         shared: int,
         seed: str,
+        trusts_copies: bool,
     ) -> None:
         self.program, self.memory, self.parameters = program, memory, parameters
         self.number = number
@@ -332,8 +332,6 @@ class Block:
         self._lateness: dict[str, float] = {}
         self._size = shared
         self.shared = np.full(shared + -shared % 4, 0xFF, U8)
-        # the warp that stored a byte which products of warp groups may not read before its fence
-        self._storing = np.full(len(self.shared), NOBODY, np.int16)
         # both lie in shared memory, and are lost where it is written
         self._barriers: dict[int, Barrier] = {}
         self._maps: dict[int, dict[Any, int]] = {}
@@ -344,7 +342,7 @@ class Block:
         self._fenced_maps: dict[int, list[tuple[int, int]]] = {}
         self._tensor = TensorMemory() if program.has_tensor_memory else None
         places = len(self.shared) + (TensorMemory.size if program.has_tensor_memory else 0)
-        self.order = Order(places, program.threads // 32, program.barriers)
+        self.order = Order(places, program.threads // 32, program.barriers, trusts_copies)
         # tensor copies, and groups of products of tensor memory, that barriers are told of
         self._telling: list[Work] = []
         special = {
@@ -367,14 +365,16 @@ class Block:
             if is_stuck and not self._telling:
                 where = {warp.number: warp.at for warp in live}
                 raise KernelError(f"{self.program.name}: all wait, warps at {where}")
-            puts_off = self.chance.random() < self.lateness("tensor copies")
+            puts_off = self.chance.random() < self.lateness("what barriers are told")
             if self._telling and (is_stuck or vain > IMPATIENCE or not puts_off):
                 self._telling.pop(self.chance.randrange(len(self._telling)))()
                 vain = 0
             elif ready:
                 vain = self._turn(self.chance.choice(ready), live, met, vain)
         if self._telling:
-            raise KernelError(f"{self.program.name} ends with copies in flight")
+            raise KernelError(f"{self.program.name} ends with work in flight")
+        if self._tensor and self._tensor.count:
+            raise KernelError(f"{self.program.name} ends and keeps its tensor memory")
 
     def _turn(self, warp: Warp, live: list[Warp], met: dict[int, list[Warp]], vain: int) -> int:
         """Let a warp go on for a while; how many waits were in vain since something happened."""
@@ -443,11 +443,10 @@ class Block:
     def _store(self, warp: Warp, at: np.ndarray, octets: np.ndarray) -> None:
         same = self.shared[at] == octets
         self.order.write(warp.clock, at, warp.number, warp.time, same)
-        self._write(at, octets, warp.number)
+        self._write(at, octets)
 
-    def _write(self, at: np.ndarray, octets: np.ndarray, storing: int = NOBODY) -> None:
+    def _write(self, at: np.ndarray, octets: np.ndarray) -> None:
         self.shared[at] = octets
-        self._storing[at] = storing
         if self._kept[at].any():
             written = set(at.ravel().tolist())
             for kept, size in ((self._barriers, BARRIER), (self._maps, MAP)):
@@ -461,9 +460,7 @@ class Block:
 
     def fence(self, warp: Warp) -> None:
         """What a warp knows to be stored may be read by asynchronous work."""
-        (stored,) = np.nonzero(self._storing != NOBODY)
-        known = stored[self.order.is_known(warp.clock, stored)]
-        self._storing[known] = NOBODY
+        self.order.fence(warp.clock)
 
     def ldmatrix(
         self, warp: Warp, rows: np.ndarray, count: int, transposed: bool
@@ -742,15 +739,16 @@ class Block:
             np.broadcast_to(one, 32)[thread].item() for one in (a, b, description, adds)
         )
         product = Description.read(bits, kind)
+        if warp.is_loading or warp.tensor_stores:
+            raise KernelError("a product starts before tensor memory was waited for")
         agent, time = warp.products.agent, warp.products.time
         # products of one thread come one after the other
         clock = warp.clock.copy()
         clock[agent] = time
         of_b = self._tensor_operand(warp, first_b, product.width, product, 1)
         if is_stored:
-            # two numbers of 16 bits to a column
-            columns = 8
-            of_a = self.tensor.of_product(first_a, product.rows, columns)
+            # of 32 bits each, as in a row of an operand in shared memory
+            of_a = self.tensor.of_product(first_a, product.rows, 8)
             self.order.read(clock, len(self.shared) + of_a, agent, time)
         else:
             of_a = self._tensor_operand(warp, first_a, product.rows, product, 0)
@@ -787,8 +785,6 @@ class Block:
         if not threads.any():
             return
         (thread,) = np.flatnonzero(threads)
-        if warp.tensor_stores:
-            raise KernelError("products start before tensor memory was waited for")
         told = self._barrier(warp, int(at[thread]))
         clock = self.order.clock()
         clock[warp.products.agent] = time = warp.products.time
@@ -828,7 +824,7 @@ class Block:
         self._check(at.reshape(-1), size)
         # the first byte of each stands for all, as none is written by halves
         self.order.read(warp.clock, at, warp.products.agent, warp.products.time)
-        if (self._storing[at] != NOBODY).any():
+        if not self.order.is_fenced(warp.clock, at):
             raise KernelError("a product reads what was stored and not fenced")
         return at
 
@@ -864,6 +860,8 @@ class Launch(NamedTuple):
     shared: int
     parameters: list[int]
     grid: tuple[int, ...]
+    # whether products may read what was copied without a fence
+    trusts_copies: bool = False
 
 
 program_of = lru_cache(maxsize=None)(Program)
@@ -884,4 +882,8 @@ def launch(kernel: Launch, memory: Memory, seed: int) -> None:
     with np.errstate(all="ignore"):
         for number, place in enumerate(places):
             drawn = f"{seed} {number}"
-            Block(program, memory, parameters, number, place, grid, kernel.shared, drawn).run()
+            block = Block(
+                program, memory, parameters, number, place, grid, kernel.shared, drawn,
+                kernel.trusts_copies,
+            )  # fmt: skip
+            block.run()

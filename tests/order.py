@@ -23,8 +23,10 @@ class KernelError(Exception):
 class Order:
     """The last accesses to each byte of a block's shared memory, and each cell of tensor memory."""
 
-    def __init__(self, size: int, warps: int, barriers: int) -> None:
+    def __init__(self, size: int, warps: int, barriers: int, trusts_copies: bool = False) -> None:
         self.warps = warps
+        # what needs a fence before a product reads it is written by the first so many
+        self._unfenced = warps if trusts_copies else 2 * warps
         self._names = [
             *(f"{what} {warp}" for what in ("warp", "copies of warp", "products of warp")
               for warp in range(warps)),
@@ -36,8 +38,22 @@ class Order:
         self._barriers: dict[int, int] = {}
 
     def clock(self) -> Clock:
-        """Of one who knows nothing."""
-        return np.zeros(len(self._names), np.int32)
+        """Of one who knows nothing.
+
+        Its first half holds what is known, its second what of that products may read.
+        """
+        return np.zeros(2 * len(self._names), np.int32)
+
+    def fence(self, clock: Clock) -> None:
+        """Let products read what one with this clock knows, and whoever it tells."""
+        known, fenced = np.split(clock, 2)
+        np.maximum(fenced, known, out=fenced)
+
+    def is_fenced(self, clock: Clock, at: np.ndarray) -> bool:
+        """Whether products may read what warps and their copies wrote last."""
+        writer = self._writer[at]
+        fenced = self._written[at] <= clock[len(self._names) + writer]
+        return bool((fenced | (writer >= self._unfenced)).all())
 
     def barrier(self, address: int) -> int:
         """The agent of a barrier's tensor copies."""
@@ -62,7 +78,7 @@ class Order:
             self._read[at[same], agent] = time
             at = at[~same]
         self._check_written(clock, at, agent)
-        late = self._read[at] > clock
+        late = self._read[at] > clock[: len(self._names)]
         if late.any():
             *place, reader = np.argwhere(late)[0]
             raise KernelError(

@@ -57,18 +57,18 @@ class TensorMemory:
 
     def __init__(self) -> None:
         self.cells = np.full(self.size, 0xFFFFFFFF, U32)
-        self._first = self._count = 0
+        self._first = self.count = 0
 
     def allocate(self, first: int, count: int) -> None:
         """Give a kernel so many columns."""
-        if self._count or count & (count - 1) or not 32 <= count <= COLUMNS:
-            raise NotImplementedError(f"{count} columns of tensor memory beside {self._count}")
-        self._first, self._count = first, count
+        if self.count or count & (count - 1) or not 32 <= count <= COLUMNS:
+            raise NotImplementedError(f"{count} columns of tensor memory beside {self.count}")
+        self._first, self.count = first, count
 
     def deallocate(self) -> np.ndarray:
         """Take them back; where they were."""
-        columns = np.arange(self._first, self._first + self._count)
-        self._count = 0
+        columns = np.arange(self._first, self._first + self.count)
+        self.count = 0
         return (np.arange(128)[:, None] * COLUMNS + columns).reshape(-1)
 
     def of_warp(self, warp: int, address: int, count: int, split: int | None) -> np.ndarray:
@@ -96,6 +96,6 @@ class TensorMemory:
         return self._at(lane + lanes, column + np.arange(count))
 
     def _at(self, lanes: np.ndarray, columns: np.ndarray) -> np.ndarray:
-        if columns.min() < self._first or columns.max() >= self._first + self._count:
+        if columns.min() < self._first or columns.max() >= self._first + self.count:
             raise KernelError(f"columns {columns.min()} to {columns.max()} of tensor memory")
         return lanes * COLUMNS + columns

@@ -379,6 +379,30 @@ def test_models_the_kernels_cannot_run(
         select_backend("triton", cuda, dtype=dtype, config=config)
 
 
+@pytest.mark.parametrize(
+    ("release", "is_wrong"),
+    [("3.6.0", True), ("3.7.0+git1", True), ("3.7.1", False), ("3.8.0", False)],
+)
+def test_a_triton_that_is_wrong_on_a_device(
+    release: str, is_wrong: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    triton = pytest.importorskip("triton")
+    monkeypatch.setattr(triton, "__version__", release)
+    cuda = torch.device("cuda")
+    for capability in ((9, 0), (10, 0), (10, 3), (12, 0)):
+        monkeypatch.setattr(
+            torch.cuda, "get_device_capability", lambda device, found=capability: found
+        )
+        if is_wrong and capability[0] == 10:
+            assert select_backend("auto", cuda).name == "torch"
+            with pytest.raises(
+                RuntimeError, match=f"Triton {re.escape(release)} leaves out fences"
+            ):
+                select_backend("triton", cuda)
+        else:
+            assert select_backend("auto", cuda).name == "triton"
+
+
 def test_old_devices_take_the_torch_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     cuda = torch.device("cuda")
