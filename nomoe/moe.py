@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
 import threading
 import weakref
 from collections.abc import Callable, Sequence
@@ -216,22 +215,19 @@ def _triton_obstacle(
     """Why the Triton kernels cannot run this model on a device, or None."""
     if find_spec("triton") is None:
         return "triton is not installed"
-    if device.type == "cuda" and torch.version.hip is None:
-        major, minor = torch.cuda.get_device_capability(device)
-        if major < 8:
-            return f"{device} has compute capability {major}.{minor}, below 8.0"
-        import triton
-
-        release = tuple(map(int, re.findall(r"\d+", triton.__version__)[:3]))
-        if major == 10 and release < (3, 7, 1):
-            # pytorch#181248, triton#9871; on 9.0, where it leaves out some as well, nobody saw it
-            return (
-                f"{device} has compute capability {major}.{minor}, on which Triton "
-                f"{triton.__version__} leaves out fences and gives wrong numbers at times; Triton "
-                "3.7.1, of torch 2.13, does not"
-            )
     from nomoe_kernels import checks
 
+    if device.type == "cuda" and torch.version.hip is None:
+        major, minor = torch.cuda.get_device_capability(device)
+        found = f"{device} has compute capability {major}.{minor}"
+        if major < 8:
+            return f"{found}, below 8.0"
+        if major == 10 and checks.RELEASE < checks.FENCES_COPIES:
+            # pytorch#181248, triton#9871; on 9.0, where it leaves out some as well, nobody saw it
+            return (
+                f"{found}, on which Triton before 3.7.1 leaves out fences and gives wrong numbers "
+                "at times; torch 2.13 brings 3.7.1"
+            )
     if device.type != "cuda" and not (device.type == "cpu" and checks.INTERPRETED):
         return f"Triton's kernels need CUDA, and this is {device.type}"
     if dtype is not None and dtype not in checks.DTYPES:

@@ -425,7 +425,8 @@ def test_smoke_run_of_a_corpus(tmp_path):
     assert 0 < one["reading_s"] < one["seconds"]
     assert content["max_abs"] <= 2e-6
     assert one["curve"][-1]["rows"] == 900
-    assert one["curve"][-1]["resident"] <= one["resident_peak"]
+    # Linux counts pages in batches: its peak may lag by some
+    assert one["curve"][-1]["resident"] <= one["resident_peak"] + (1 << 20)
     overhead = (one["seconds"] - one["forward_s"]) / one["seconds"]
     assert f"Overhead {overhead:.1%} (at most 15%)" in printed
 

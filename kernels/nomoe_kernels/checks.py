@@ -5,6 +5,8 @@ A check that fails raises ValueError with what was found and what was expected.
 
 from __future__ import annotations
 
+import re
+
 import torch
 import triton
 from torch import Tensor
@@ -16,6 +18,9 @@ MAX_TOP_K = 8
 # blocks of keys and values of wider heads may not fit a device's shared memory
 MAX_HEAD_WIDTH = 64
 
+RELEASE = tuple(map(int, re.findall(r"\d+", triton.__version__)[:3]))
+# since then Triton writes fences between what cp.async brought and a product that reads it
+FENCES_COPIES = (3, 7, 1)
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
