@@ -143,7 +143,11 @@ def run_alone(inputs: Path, output: Path, options: dict[str, Any], pipe: Any) ->
             "resident_last_tenth": max(
                 size for _, rows, size in meter.samples if rows >= 0.9 * report.rows
             ),
-            "resident_peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            # Linux brings its own peak up to date in batches of pages, after what is resident
+            "resident_peak": max(
+                resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+                *(size for _, _, size in meter.samples),
+            ),
         }
     )
 
