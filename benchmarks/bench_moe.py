@@ -33,7 +33,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from nomoe.arguments import DTYPES
-from nomoe.moe import select_backend
+from nomoe.backends import select_backend
 from nomoe_kernels import configs, reference
 
 SEED = 0

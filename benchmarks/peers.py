@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nomoe import NomicMoEConfig, NomicMoEModel
+from nomoe.backends import Pooling
 from nomoe.batching import make_batches
 from nomoe.engine import Engine
-from nomoe.moe import MoE, Pooling, router_input
+from nomoe.moe import MoE, router_input
 
 # experts that are less far apart in probability may change places by rounding in float32
 NEAR_TIE = 2e-6

@@ -264,7 +264,7 @@ def _verify(options: argparse.Namespace) -> int:
 
     from . import data
     from .arguments import resolve_device, resolve_dtype
-    from .moe import select_backend
+    from .backends import select_backend
     from .verify import Check, table, verify_golden, verify_published, verify_reference
 
     if options.code_revision and not options.reference:

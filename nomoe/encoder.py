@@ -21,11 +21,11 @@ from .arguments import (
     resolve_device,
     resolve_dtype,
 )
+from .backends import BackendName, select_backend
 from .checkpoint import CONFIG_FILE, DEFAULT_REPO, TOKENIZER_FILE, locate
 from .config import NomicMoEConfig
 from .engine import Engine, Pooling, token_budget
 from .model import NomicMoEModel
-from .moe import BackendName, select_backend
 from .pipeline import Plan
 from .quantize import Precision, check_precision, quantize
 from .repository import SentenceSettings, read_sentence_settings

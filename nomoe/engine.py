@@ -26,10 +26,10 @@ from weakref import WeakSet
 import torch
 from torch import Tensor
 
+from .backends import AttentionTile, Layout, Ops
+from .backends import Pooling as Pooling
 from .config import NomicMoEConfig
 from .model import NomicMoEModel, NomicMoEOutput
-from .moe import AttentionTile, Layout, Ops
-from .moe import Pooling as Pooling
 
 logger = logging.getLogger(__name__)
 

@@ -11,8 +11,9 @@ import torch
 from torch.nn.utils import skip_init
 
 from .arguments import resolve_device, resolve_dtype
+from .backends import cpu_ops, select_backend
 from .checkpoint import DEFAULT_REPO, DEFAULT_REVISION, find_weights, locate
-from .moe import Linear, cpu_ops, select_backend
+from .moe import Linear
 
 _PACKAGES = (
     "nomoe",

@@ -19,16 +19,9 @@ from torch import Tensor, nn
 
 from . import opaque
 from .arguments import resolve_device, resolve_dtype
-from .checkpoint import CONFIG_FILE, DEFAULT_REPO, load_tensors, locate
-from .config import NomicMoEConfig
-from .moe import (
-    LAYING_OUT,
+from .backends import (
     BackendName,
-    LayerNorm,
-    Linear,
-    MoE,
     Ops,
-    Packable,
     TableOps,
     activation_dtype,
     compiled_if_plain,
@@ -37,6 +30,10 @@ from .moe import (
     select_backend,
     untraced,
 )
+from .checkpoint import CONFIG_FILE, DEFAULT_REPO, load_tensors, locate
+from .config import NomicMoEConfig
+from .moe import LayerNorm, Linear, MoE
+from .packable import LAYING_OUT, Packable, opened
 
 logger = logging.getLogger(__name__)
 
@@ -164,8 +161,7 @@ class NomicMoEModel(nn.Module):
         RuntimeError: The backend cannot run on this machine.
     """
 
-    # lay matrices out for inference on a CPU: their parameters read as NaN meanwhile to whoever
-    # does not ask this module for them, see `Packable`
+    # lay matrices out for inference on a CPU, see `nomoe.packable`
     packs_matrices: bool = True
 
     def __init__(
@@ -303,23 +299,8 @@ class NomicMoEModel(nn.Module):
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Parameter]]:
         """As every module's; a parameter whose numbers are packed gets them back as it comes by."""
-        owners = {
-            id(parameter): part
-            for part in self._packables()
-            for name in part.packable
-            if (parameter := part._parameters.get(name)) is not None
-        }
         for name, parameter in super().named_parameters(prefix, recurse, remove_duplicate):
-            if id(parameter) in owners:
-                owners[id(parameter)].unpack()
-            yield name, parameter
-
-    def get_parameter(self, target: str) -> nn.Parameter:
-        """As every module's; a parameter whose numbers are packed gets them back first."""
-        owner = self.get_submodule(target.rpartition(".")[0])
-        if isinstance(owner, Packable):
-            owner.unpack()
-        return super().get_parameter(target)
+            yield name, opened(parameter)
 
     @property
     def device(self) -> torch.device:
@@ -567,11 +548,7 @@ class NomicMoEModel(nn.Module):
             needs_parameters = torch.is_grad_enabled() and any(
                 one.requires_grad for _, one in super().named_parameters()
             )
-            # also where an optimizer is about to step, which would find no numbers
-            needs_parameters |= any(
-                part.is_traced or part.has_stand_ins() or part.has_gradients_here()
-                for part in parts
-            )
+            needs_parameters |= any(part.is_traced or part.has_stand_ins() for part in parts)
             ops = None if needs_parameters else cpu_ops(self.dtype)
         with LAYING_OUT:
             for part in parts:

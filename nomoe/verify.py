@@ -19,11 +19,12 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from . import data
+from .backends import BackendName
 from .checkpoint import CONFIG_FILE
 from .config import NomicMoEConfig
 from .encoder import Encoder
 from .model import NomicMoEModel
-from .moe import BackendName, Followed, MoE, router_input
+from .moe import Followed, MoE, router_input
 from .synthetic import random_model
 
 # absolute, on every hidden state, pooled vector and router weight; a plain float32 implementation

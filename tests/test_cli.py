@@ -17,10 +17,10 @@ import pytest
 import torch
 
 from nomoe import Encoder, cli, data, files
+from nomoe.backends import cpu_ops
 from nomoe.corpus.outputs import JsonlOutput
 from nomoe.corpus.rows import read_blocks
 from nomoe.corpus.sources import find_sources
-from nomoe.moe import cpu_ops
 
 ROOT = Path(__file__).parent.parent
 LINES = ["The tide turns twice a day.", "", "潮水每天涨落两次。", "a\rb", " spaces "]

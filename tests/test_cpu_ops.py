@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import nomoe_kernels
 from nomoe import NomicMoEModel, data
-from nomoe.moe import Packable
+from nomoe.packable import Packable
 from nomoe_kernels import cpu, matrices, reference
 from nomoe_kernels.reference import MoEWeights, Norm
 from tests.conftest import LIBRARIES

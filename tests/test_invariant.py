@@ -20,8 +20,8 @@ from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, TensorHandle
 
 from nomoe import Encoder, NomicMoEModel
+from nomoe.backends import Backend, Ops, select_backend
 from nomoe.engine import Engine, Pooling
-from nomoe.moe import Backend, Ops, select_backend
 from nomoe_kernels import fused, invariant
 from tests.test_engine import Rerun
 from tests.test_model import batch_of, config_of, packed

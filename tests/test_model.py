@@ -16,7 +16,7 @@ from torch import Tensor
 from benchmarks import peers
 from nomoe import NomicMoEConfig, NomicMoEModel, data
 from nomoe.arguments import resolve_device, resolve_dtype
-from nomoe.moe import Backend, BackendName, Pooling, select_backend
+from nomoe.backends import Backend, BackendName, Pooling, select_backend
 from nomoe.synthetic import random_model
 from nomoe.verify import compare_float32, golden_cases
 from nomoe_kernels import checks, reference
@@ -346,7 +346,7 @@ def test_backends(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checks, "INTERPRETED", False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     assert select_backend("auto", cuda).name == "triton"
-    monkeypatch.setattr("nomoe.moe.find_spec", lambda name: None)
+    monkeypatch.setattr("nomoe.backends.find_spec", lambda name: None)
     assert select_backend("auto", cuda) == Backend("torch", "triton is not installed")
     with pytest.raises(RuntimeError, match="triton is not installed; use 'auto' or 'torch'"):
         select_backend("triton", cuda)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from nomoe import NomicMoEModel
-from nomoe.moe import BackendName
+from nomoe.backends import BackendName
 from tests.test_model import batch_of, config_of, packed
 
 CUDA = torch.cuda.is_available()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import io
 import multiprocessing
 import os
 import pickle
@@ -18,11 +19,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn.utils import prune
+from torch.nn.utils import parametrize, prune
+from torch.optim.swa_utils import AveragedModel
 
 from nomoe import NomicMoEModel, data
 from nomoe.model import NomicMoEOutput
-from nomoe.moe import LAYING_OUT, Linear, MoE
+from nomoe.moe import Linear, MoE
+from nomoe.packable import LAYING_OUT
 from nomoe_kernels import cpu, matrices
 from tests.conftest import LIBRARIES
 from tests.test_cpu_ops import DTYPES, embed, packed
@@ -71,10 +74,17 @@ def test_a_parameter_asked_for_by_name_has_its_numbers(
 def test_originals_are_freed(model: NomicMoEModel) -> None:
     weight = model.encoder.layers[1].mlp.experts.mlp.w1
     assert weight.shape == (8 * 192, 96)
-    assert weight.untyped_storage().nbytes() == 4
-    assert weight.isnan().all()
-    with pytest.raises(RuntimeError, match="single memory location"):
-        weight.data.mul_(2)
+    assert weight.dtype == torch.float32
+    assert weight.requires_grad
+    assert weight.is_leaf
+    assert weight.grad is None
+    assert isinstance(weight, nn.Parameter)
+    assert packed(model)
+    with torch._C.DisableTorchFunctionSubclass():
+        assert weight.untyped_storage().nbytes() == 4
+        assert weight.isnan().all()
+        with pytest.raises(RuntimeError, match="single memory location"):
+            weight.data.mul_(2)
 
 
 @pytest.mark.parametrize(
@@ -122,11 +132,34 @@ def test_a_pruned_layer_runs_on_what_is_left() -> None:
     assert not names["encoder.layers.0.attn.Wqkv.weight_orig"].isnan().any()
 
 
-def test_a_layer_pruned_while_it_is_packed_is_refused(model: NomicMoEModel) -> None:
-    prune.l1_unstructured(model.encoder.layers[0].attn.Wqkv, "weight", 0.5)
-    for use in (embed, NomicMoEModel.state_dict, NomicMoEModel.train):
-        with pytest.raises(RuntimeError, match="while its numbers were packed"):
-            use(model)
+class Doubled(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return 2 * weight
+
+
+@pytest.mark.parametrize("removed", [False, True])
+@pytest.mark.parametrize("kind", ["prune", "parametrize"])
+def test_a_layer_changed_while_it_is_packed(
+    kind: str, removed: bool, model: NomicMoEModel, checkpoint: dict[str, Tensor]
+) -> None:
+    """The change is computed from its weight's numbers, and so is what it runs on."""
+    layer = model.encoder.layers[0].attn.Wqkv
+    expected = 2 * checkpoint[NAME]
+    if kind == "prune":
+        prune.l1_unstructured(layer, "weight", 0.5)
+        small = checkpoint[NAME].abs() <= checkpoint[NAME].abs().median()
+        expected = checkpoint[NAME].masked_fill(small, 0)
+    else:
+        parametrize.register_parametrization(layer, "weight", Doubled())
+    fresh = NomicMoEModel(model.config).eval()
+    fresh.load_state_dict(checkpoint | {NAME: expected})
+    torch.testing.assert_close(embed(model), embed(fresh), atol=1e-5, rtol=0)
+    if removed and kind == "prune":
+        prune.remove(layer, "weight")
+    elif removed:
+        parametrize.remove_parametrizations(layer, "weight")
+    torch.testing.assert_close(embed(model), embed(fresh), atol=1e-5, rtol=0)
+    assert layer.weight.equal(expected)
 
 
 def test_asking_for_the_first_parameter_unpacks_nothing(model: NomicMoEModel) -> None:
@@ -176,29 +209,33 @@ def test_training_after_inference(model: NomicMoEModel) -> None:
 
 
 @pytest.mark.parametrize("before_backward", [True, False])
+@pytest.mark.parametrize("options", [{}, {"foreach": True}, {"fused": True}], ids=str)
 @pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
 def test_inference_before_an_optimizers_step(
-    kind: type[torch.optim.Optimizer], before_backward: bool, model: NomicMoEModel
+    kind: type[torch.optim.Optimizer],
+    options: dict[str, bool],
+    before_backward: bool,
+    model: NomicMoEModel,
 ) -> None:
     """The step finds the parameters' numbers, though the model was never told to train."""
     assert not model.training
-    optimizer = kind(model.parameters(), lr=0.01)  # type: ignore[call-arg]
+    optimizer = kind(model.parameters(), **options)  # type: ignore[call-arg]
     before = {name: one.clone() for name, one in model.state_dict().items()}
     again = copy.deepcopy(model)
     ids_T = torch.arange(4, 34)
     loss = model.forward_packed(ids_T, [20, 10])[0].square().mean()
     if before_backward:
         embed(model)
-        assert packed(model)
     loss.backward()
     if not before_backward:
         embed(model)
-    assert not packed(model)
+    assert packed(model)
     again.forward_packed(ids_T, [20, 10])[0].square().mean().backward()
     optimizer.step()
+    kind(again.parameters(), **options).step()  # type: ignore[call-arg]
     for (name, one), other in zip(model.named_parameters(), again.parameters(), strict=True):
-        assert one.isfinite().all(), name
         torch.testing.assert_close(one.grad, other.grad)
+        torch.testing.assert_close(one, other)
         if one.grad is not None and one.grad.any():
             assert not one.equal(before[name]), name
     optimizer.zero_grad()
@@ -312,23 +349,6 @@ def test_another_thread_trained_before(model: NomicMoEModel) -> None:
     assert all(one.isfinite().all() for one in model.parameters())
 
 
-def test_what_hooks_keep_of_a_forward_keeps_no_model_alive(
-    checkpoint: dict[str, Tensor], model: NomicMoEModel
-) -> None:
-    def run() -> weakref.ref[nn.Module]:
-        fresh = NomicMoEModel(model.config).eval()
-        fresh.load_state_dict(checkpoint)
-        layer, kept = fresh.encoder.layers[1].attn.out_proj, []
-        layer.register_forward_hook(lambda part, inputs, out: kept.append(out))
-        loss_of(fresh).backward()
-        assert len(kept) == 1
-        return weakref.ref(fresh.encoder.layers[0].attn.Wqkv)
-
-    first = run()
-    gc.collect()
-    assert first() is None
-
-
 def test_modules_may_share_a_parameter(checkpoint: dict[str, Tensor], model: NomicMoEModel) -> None:
     """Of one model or two, before and while it is packed."""
     fresh = NomicMoEModel(model.config).eval()
@@ -363,11 +383,150 @@ def test_a_parameter_whose_numbers_went_with_its_module_is_refused(
         embed(model)
 
 
-def test_a_weight_computed_from_a_packed_one_is_refused(model: NomicMoEModel) -> None:
+def test_a_weight_computed_from_a_packed_one(
+    model: NomicMoEModel, checkpoint: dict[str, Tensor]
+) -> None:
     weight = model.encoder.layers[0].attn.Wqkv.weight
-    weight.data = 1.1 * weight.data
-    with pytest.raises(RuntimeError, match="NaN throughout"):
-        embed(model)
+    weight.data = 2 * weight.data
+    fresh = NomicMoEModel(model.config).eval()
+    fresh.load_state_dict(checkpoint | {NAME: 2 * checkpoint[NAME]})
+    torch.testing.assert_close(embed(model), embed(fresh), atol=1e-5, rtol=0)
+
+
+USES: dict[str, Callable[[Tensor], Tensor]] = {
+    "detach": lambda one: one.detach(),
+    "data": lambda one: one.data,
+    "numpy": lambda one: torch.from_numpy(one.detach().numpy()),
+    "a list": lambda one: torch.cat([one]),
+    "a keyword": lambda one: torch.add(input=one, other=0),
+    "in place of another": lambda one: torch.zeros_like(one, requires_grad=False).copy_(one),
+    "foreach": lambda one: torch._foreach_mul([one], 1)[0],
+    "vector": lambda one: nn.utils.parameters_to_vector([one]).view_as(one),
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda one: pickle.loads(pickle.dumps(one)),
+    "save": lambda one: saved(one),
+    "text": lambda one: one if "nan" not in repr(one) else one * torch.nan,
+    "a view": lambda one: one.view(-1).view_as(one),
+}
+
+
+def saved(one: Tensor) -> Tensor:
+    buffer = io.BytesIO()
+    torch.save([one], buffer)
+    buffer.seek(0)
+    [again] = torch.load(buffer)
+    return again  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("use", USES.values(), ids=list(USES))
+def test_whoever_uses_a_parameter_gets_its_numbers(
+    use: Callable[[Tensor], Tensor], model: NomicMoEModel, checkpoint: dict[str, Tensor]
+) -> None:
+    """Kept from before, taken from a layer, or from a module around the model."""
+    around = nn.Sequential(model)
+    layer = model.encoder.layers[0].attn.Wqkv
+    kept = list(model.parameters())
+    for ask in (
+        lambda: next(one for one in kept if one is layer._parameters["weight"]),
+        lambda: layer.weight,
+        lambda: dict(layer.named_parameters())["weight"],
+        lambda: dict(around.named_parameters())["0." + NAME],
+    ):
+        before = embed(model)
+        assert packed(model)
+        with torch.no_grad():
+            used = use(ask())
+        assert used.equal(checkpoint[NAME])
+        assert type(used) in (Tensor, nn.Parameter)
+        assert layer.packed is None
+        assert torch.equal(embed(model), before)
+
+
+def test_what_says_something_about_a_parameter_leaves_it_packed(model: NomicMoEModel) -> None:
+    weight = model.encoder.layers[0].attn.Wqkv.weight
+    assert weight.device == torch.device("cpu")
+    assert (weight.ndim, weight.dim(), len(weight)) == (2, 2, 288)
+    assert weight.size() == weight.shape == (288, 96)
+    assert weight.numel() * weight.element_size() == weight.nbytes == 4 * 288 * 96
+    assert not weight.is_cuda
+    model.encoder.requires_grad_(False).requires_grad_(True)
+    model.encoder.zero_grad()
+    assert packed(model)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_inference_before_a_penalty(compiled: bool, model: NomicMoEModel) -> None:
+    """Over parameters kept from before, as L2-SP and EWC have it."""
+    again = copy.deepcopy(model)
+    torch.compiler.reset()
+
+    def penalty(kept: list[Tensor], starts: list[Tensor]) -> Tensor:
+        return sum((one - start).square().sum() for one, start in zip(kept, starts, strict=True))  # type: ignore[return-value]
+
+    run = torch.compile(penalty, backend="aot_eager") if compiled else penalty
+    for one, embeds in ((model, True), (again, False)):
+        kept = list(one.parameters())
+        starts = [0.5 * part.detach() for part in kept]
+        if embeds:
+            embed(one)
+        loss = loss_of(one)
+        if embeds:
+            embed(one)
+        (loss + run(kept, starts)).backward()
+        if embeds:
+            embed(one)
+        torch.optim.SGD(kept, lr=0.01).step()
+    for one, other in zip(model.parameters(), again.parameters(), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_inference_before_an_average(model: NomicMoEModel, checkpoint: dict[str, Tensor]) -> None:
+    """By torch's `AveragedModel`, or by hand over lists kept from before."""
+    averaged = AveragedModel(model, avg_fn=lambda mean, one, count: 0.5 * mean + 0.5 * one)
+    kept, mine = list(model.parameters()), list(copy.deepcopy(model).parameters())
+    averaged.update_parameters(model)
+    with torch.no_grad():
+        for one in model.parameters():
+            one.mul_(3)
+    embed(model)
+    embed(averaged.module)
+    averaged.update_parameters(model)
+    embed(model)
+    for own, one in zip(mine, kept, strict=True):
+        own.data.lerp_(one.data, 0.5)
+    for own, (name, other) in zip(mine, averaged.module.named_parameters(), strict=True):
+        torch.testing.assert_close(own.data, 2 * checkpoint[name])
+        torch.testing.assert_close(other.data, 2 * checkpoint[name])
+
+
+def test_numbers_written_into_parameters_kept_from_before(
+    model: NomicMoEModel, checkpoint: dict[str, Tensor]
+) -> None:
+    fresh = NomicMoEModel(model.config).eval()
+    fresh.load_state_dict({name: 0.5 * one for name, one in checkpoint.items()})
+    kept = list(model.parameters())
+    embed(model)
+    with torch.no_grad():
+        for one, other in zip(kept, fresh.parameters(), strict=True):
+            one.copy_(other)
+    torch.testing.assert_close(embed(model), embed(fresh), atol=1e-5, rtol=0)
+    embed(model)
+    nn.utils.vector_to_parameters(nn.utils.parameters_to_vector(mine(checkpoint, kept)), kept)
+    assert same(model.state_dict(), checkpoint)
+
+
+def mine(checkpoint: dict[str, Tensor], kept: list[nn.Parameter]) -> list[Tensor]:
+    assert len(kept) == len(checkpoint)
+    return list(checkpoint.values())
+
+
+def test_an_optimizer_is_copied_with_numbers(model: NomicMoEModel) -> None:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    embed(model)
+    [group] = copy.deepcopy(optimizer).param_groups
+    for one, other in zip(group["params"], model.parameters(), strict=True):
+        assert type(one) is nn.Parameter
+        assert one.equal(other)
 
 
 def test_layers_may_be_taken_out_and_exchanged(model: NomicMoEModel) -> None:

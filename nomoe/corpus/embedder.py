@@ -29,12 +29,12 @@ from ..arguments import (
     resolve_device,
     resolve_dtype,
 )
+from ..backends import BackendName, select_backend
 from ..batching import tokenize_ahead
 from ..checkpoint import CONFIG_FILE, DEFAULT_REPO, TOKENIZER_FILE, locate
 from ..config import NomicMoEConfig
 from ..engine import BATCH_TOKENS, Engine, Pooling
 from ..model import NomicMoEModel
-from ..moe import BackendName, select_backend
 from ..quantize import Precision as EncoderPrecision
 from ..quantize import check_precision, quantize
 from ..repository import read_sentence_settings

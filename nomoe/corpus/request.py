@@ -12,8 +12,8 @@ import torch
 
 from .. import __version__
 from ..arguments import check_count
+from ..backends import BackendName
 from ..checkpoint import DEFAULT_REPO, NEEDED_FILES, find_weights
-from ..moe import BackendName
 from ..pipeline import progress
 from .embedder import ModelSettings, Precision, WindowTokenizer, resolve_settings
 from .plan import OnBad, OutputForm, Plan, check_on_bad, is_numbered, make_plan

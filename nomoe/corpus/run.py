@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from ..backends import BackendName
 from ..checkpoint import DEFAULT_REPO
 from ..files import check_output
-from ..moe import BackendName
 from ..pipeline import progress
 from .embedder import Embedder, Precision
 from .manifest import (

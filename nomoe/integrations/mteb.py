@@ -12,9 +12,9 @@ from mteb.models.abs_encoder import AbsEncoder
 from mteb.models.model_meta import ModelMeta, ScoringFunction
 
 from .. import __version__
+from ..backends import BackendName
 from ..checkpoint import DEFAULT_REPO, DEFAULT_REVISION, SETTINGS_FILES, find_weights, locate
 from ..encoder import Encoder
-from ..moe import BackendName
 
 _HASHED_AT_ONCE = 1 << 24
 

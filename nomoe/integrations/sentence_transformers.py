@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..arguments import check_dim, check_length, resolve_device, resolve_dtype
+from ..backends import BackendName, select_backend
 from ..checkpoint import CONFIG_FILE, DEFAULT_REPO, TOKENIZER_FILE, locate
 from ..config import NomicMoEConfig
-from ..moe import BackendName, select_backend
 from ..repository import read_sentence_settings
 from ..tokenizer import Tokenizer
 from .transformers import is_registered, register, unregister

@@ -20,10 +20,10 @@ from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from .. import data
+from ..backends import BackendName, select_backend
 from ..checkpoint import is_finite
 from ..config import NomicMoEConfig
 from ..model import NomicMoEModel
-from ..moe import BackendName, select_backend
 
 MODEL_TYPE = "nomic_bert"
 # earlier ones ask for a repository's own config before they ask who is registered
