@@ -11,6 +11,7 @@ the model are in the shards' manifest; the query is embedded with the same model
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -39,12 +40,20 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def fill(folder: Path, database: Path) -> Any:
-    """Make a table of all shards, in bounded memory."""
-    read_manifest(folder)
-    shards = pyarrow.dataset.dataset(folder, format="parquet")
-    # files whose name begins with "_" or "." are not taken for shards
+    """Return the table of all shards, which is made where it is not there whole.
+
+    In bounded memory; one that an earlier fill left unfinished is made anew.
+    """
+    rows = read_manifest(folder)["totals"]["rows"]
+    connection = lancedb.connect(database)
+    # what an interrupted fill left is no table, and need not open
+    with contextlib.suppress(ValueError):
+        table = connection.open_table(TABLE)
+        if table.count_rows() == rows:
+            return table
+    shards = pyarrow.dataset.dataset(sorted(folder.glob("part-*.parquet")), format="parquet")
     reader = pyarrow.RecordBatchReader.from_batches(shards.schema, shards.to_batches())
-    return lancedb.connect(database).create_table(TABLE, reader)
+    return connection.create_table(TABLE, reader, mode="overwrite")
 
 
 def search(table: Any, encoder: nomoe.Encoder, query: str, limit: int = 5) -> list[dict[str, Any]]:
@@ -71,12 +80,7 @@ def main(arguments: list[str] | None = None) -> int:
         revision=None if args.model else notes["revision"],
         truncate_dim=settings["dim"],
     )
-    there = (args.database / f"{TABLE}.lance").exists()
-    table = (
-        lancedb.connect(args.database).open_table(TABLE)
-        if there
-        else fill(args.shards, args.database)
-    )
+    table = fill(args.shards, args.database)
     print(f"{table.count_rows():,} rows")
     for row in search(table, encoder, args.query):
         # the text may have been left out of the shards, the row's number is always there

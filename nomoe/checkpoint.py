@@ -160,8 +160,9 @@ def _explain(error: Exception, repo: str, revision: str) -> Exception:
     if isinstance(reason, LocalEntryNotFoundError | OfflineModeIsEnabled):
         return FileNotFoundError(
             f"{at} is not in the local cache, or only in part, and the network may not be used "
-            "(local_files_only or HF_HUB_OFFLINE); download it once on a connected machine, for "
-            f"example with `hf download {repo} --revision {revision}`"
+            "(local_files_only or HF_HUB_OFFLINE); on a connected machine run "
+            f"`hf download {repo} --revision {revision} --local-dir FOLDER`, bring FOLDER here and "
+            "load that"
         )
     if isinstance(reason, HFValidationError):
         return FileNotFoundError(f"{repo!r} is neither an existing folder nor a repository name")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import __version__
+from .signals import end_politely
 
 if TYPE_CHECKING:
     from .encoder import Encoder
@@ -33,8 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "route": _route,
         "info": _info,
     }[options.command]
-    # ended politely, a command still removes its unfinished output
-    earlier = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    earlier = end_politely()
     try:
         return command(options)
     except KeyboardInterrupt:
@@ -48,7 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"nomoe: error: {str(error) or repr(error)}", file=sys.stderr)
         return 2
     finally:
-        signal.signal(signal.SIGTERM, earlier)
+        for number, handler in earlier.items():
+            signal.signal(number, handler)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -168,6 +168,13 @@ class Encoder:
             value = check_dim("truncate_dim", value, self.model.config)
         self._truncate_dim = value
 
+    def __repr__(self) -> str:
+        return (
+            f"Encoder(dimension={self.get_embedding_dimension()}, "
+            f"max_seq_length={self.max_seq_length}, device={str(self.device)!r}, "
+            f"dtype={self.dtype}, backend={self.backend!r})"
+        )
+
     @property
     def device(self) -> torch.device:
         """Where the model is."""

@@ -32,6 +32,7 @@ from .backends import (
 )
 from .checkpoint import CONFIG_FILE, DEFAULT_REPO, load_tensors, locate
 from .config import NomicMoEConfig
+from .forks import use_threads
 from .moe import LayerNorm, Linear, MoE
 from .packable import LAYING_OUT, Packable, opened
 
@@ -235,7 +236,7 @@ class NomicMoEModel(nn.Module):
         Raises:
             FileNotFoundError, PermissionError, ConnectionError: The checkpoint cannot be had.
             ValueError: Its config is unsupported, its tensors do not fit, or an argument is wrong.
-            RuntimeError: The backend or device cannot run here.
+            RuntimeError: The backend or device cannot run here, or torch not at all, in a fork.
         """
         device = resolve_device(device)
         dtype = resolve_dtype(dtype, device)
@@ -257,6 +258,8 @@ class NomicMoEModel(nn.Module):
         with torch.device("meta"):
             model = cls(config, backend=backend, batch_invariant=batch_invariant, device=device)
         shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        # what checks values runs on the CPU
+        use_threads()
         tensors = load_tensors(folder, shapes, dtype=dtype, device=device)
         model.load_state_dict(tensors, assign=True)
         logger.info("backend %s (%s)", model.backend.name, model.backend.reason)
@@ -336,7 +339,10 @@ class NomicMoEModel(nn.Module):
         Raises:
             ValueError: Wrong shapes, ids outside the vocabulary, a mask that is not 0 and 1, token
                 types other than 0, or a text longer than `config.n_positions`.
+            RuntimeError: In a fork of a process that had used torch on the CPU.
         """
+        if not torch.compiler.is_compiling():
+            use_threads()
         if input_ids.dim() != 2:
             raise ValueError(f"input_ids is {tuple(input_ids.shape)}, expected (texts, tokens)")
         _require_integers("input_ids", input_ids)
@@ -413,6 +419,8 @@ class NomicMoEModel(nn.Module):
         """
         if torch.compiler.is_compiling() and self.backend.name == "triton":
             return self._forward_opaque(ids_T, lengths, output_hidden_states, output_routing)
+        if not torch.compiler.is_compiling():
+            use_threads()
         if isinstance(lengths, Tensor):
             _require_integers("lengths", lengths)
             if lengths.dim() != 1:

@@ -29,14 +29,18 @@ def check_precision(precision: str, dim: int, ranges: npt.ArrayLike | None) -> N
     if precision not in ("int8", "uint8"):
         raise ValueError(f"ranges= applies to int8 and uint8, not to {precision!r}")
     given = np.asarray(ranges, dtype=np.float32)
-    if (
-        given.shape != (2, dim)
-        or not bool(np.isfinite(given).all())
-        or not bool((given[0] < given[1]).all())
-    ):
+    if given.shape != (2, dim):
         raise ValueError(
-            f"ranges has shape {given.shape}, expected (2, {dim}): the finite minimum of each "
-            "feature, then its maximum, above it"
+            f"ranges has shape {given.shape}, expected (2, {dim}): the minimum of each feature, "
+            "then its maximum"
+        )
+    # written so that NaN is none
+    wrong = ~(np.isfinite(given).all(axis=0) & (given[0] < given[1]))
+    if wrong.any():
+        first = int(wrong.argmax())
+        raise ValueError(
+            f"ranges of {int(wrong.sum())} of {dim} features are no finite minimum below a finite "
+            f"maximum; feature {first} has {given[0, first]} and {given[1, first]}"
         )
 
 

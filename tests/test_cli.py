@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import signal
 import stat
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from nomoe.backends import cpu_ops
 from nomoe.corpus.outputs import JsonlOutput
 from nomoe.corpus.rows import read_blocks
 from nomoe.corpus.sources import find_sources
+from nomoe.signals import end_politely
 
 ROOT = Path(__file__).parent.parent
 LINES = ["The tide turns twice a day.", "", "潮水每天涨落两次。", "a\rb", " spaces "]
@@ -136,18 +138,42 @@ def test_text_and_jsonl_need_no_pyarrow(text_file: Path, tiny_folder: Path) -> N
     assert np.load(str(text_file) + ".npy").shape == (5, 96)
 
 
-def test_sigterm_leaves_nothing(text_file: Path, tiny_folder: Path) -> None:
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_a_signal_leaves_nothing(name: str, text_file: Path, tiny_folder: Path) -> None:
     code = (
         "import os, signal, sys, time; sys.path[:0] = ['.', 'kernels']\n"
         "from nomoe import cli, model\n"
-        "def forward(*_, **__): os.kill(os.getpid(), signal.SIGTERM); time.sleep(60)\n"
+        f"def forward(*_, **__): os.kill(os.getpid(), signal.{name}); time.sleep(60)\n"
         "model.NomicMoEModel.forward_packed = forward\n"
         f"cli.main(['embed', {str(text_file)!r}, '-o', {str(text_file.with_name('o.npy'))!r}, "
         f"'--model', {str(tiny_folder)!r}])"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, timeout=60)
-    assert done.returncode == 143
+    assert done.returncode == 128 + getattr(signal, name)
     assert os.listdir(text_file.parent) == [text_file.name]
+
+
+def test_signals_are_as_before_once_a_command_has_ended() -> None:
+    """And under nohup a terminal may close."""
+    before = signal.getsignal(signal.SIGTERM)
+    assert run("info") == 0
+    assert signal.getsignal(signal.SIGTERM) == before
+    hung_up = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        handlers = end_politely()
+        assert signal.SIGHUP not in handlers
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    finally:
+        signal.signal(signal.SIGHUP, hung_up)
+
+
+def test_standard_input_is_refused(
+    tmp_path: Path, tiny_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("embed", "-", "-o", tmp_path / "o.npy", "--model", tiny_folder) == 2
+    assert "standard input cannot be read" in capsys.readouterr().err
 
 
 def test_npy_of_many_parts(tmp_path: Path) -> None:

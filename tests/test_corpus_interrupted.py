@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -184,7 +185,7 @@ def test_the_parent_or_a_process_is_killed(
             return started(*arguments)
 
         patch.setattr(workers.connection, "wait", wait)
-        with pytest.raises(RuntimeError, match="the process on cpu ended with exit code -9"):
+        with pytest.raises(RuntimeError, match=r"exit code -9 .*: it was killed, perhaps for"):
             embed_corpus(corpus, out, workers=2, **options)
     assert not [one for one in multiprocessing.active_children() if one.name.startswith("nomoe")]
     embed_corpus(corpus, out, **options)
@@ -192,6 +193,33 @@ def test_the_parent_or_a_process_is_killed(
 
 
 @pytest.mark.slow
+def test_processes_end_though_a_signal_was_lost(
+    tmp_path: Path, corpus: Path, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that comes just before a process waits for its next shard is noticed after that."""
+    monkeypatch.setattr(multiprocessing.process.BaseProcess, "terminate", lambda process: None)
+    done = threading.Event()
+
+    def kill_late() -> None:
+        if not done.wait(60):
+            for process in multiprocessing.active_children():
+                process.kill()
+
+    killing = threading.Thread(target=kill_late)
+    killing.start()
+
+    def failing(count: Any, progress: Any) -> None:
+        raise RuntimeError("no more of this")
+
+    monkeypatch.setattr("nomoe.corpus.run._Count.__call__", failing)
+    with pytest.raises(RuntimeError, match="no more of this"):
+        embed_corpus(corpus, tmp_path / "out", workers=2, **options)
+    ended_by_themselves = not done.is_set() and killing.is_alive()
+    done.set()
+    killing.join()
+    assert ended_by_themselves
+
+
 def test_a_script_without_a_guard_is_told(tmp_path: Path, shallow_folder: Path) -> None:
     source = write(tmp_path / "in.jsonl", make_rows(4))
     script = tmp_path / "script.py"
@@ -208,6 +236,7 @@ def test_a_script_without_a_guard_is_told(tmp_path: Path, shallow_folder: Path) 
     done = run()
     assert done.returncode == 1
     assert "put what the script does under `if __name__" in done.stderr
+    assert done.stderr.endswith("before its work was done: what it printed says why\n")
     script.write_text(
         script.read_text().replace("nomoe.embed", "if __name__ == '__main__': nomoe.embed")
     )

@@ -77,8 +77,9 @@ def test_no_rows(precision: str, width: int) -> None:
         ("binary", 60, None, "60 is no multiple of 8"),
         ("float32", 2, [[0, 0], [1, 1]], "ranges= applies to int8 and uint8"),
         ("int8", 3, [[0, 0], [1, 1]], r"shape \(2, 2\), expected \(2, 3\)"),
-        ("int8", 2, [[0, 1], [1, 1]], "the finite minimum of each feature"),
-        ("int8", 2, [[0, 0], [1, float("inf")]], "the finite minimum of each feature"),
+        ("int8", 2, [[0, 1], [1, 1]], "ranges of 1 of 2 features .* feature 1 has 1.0 and 1.0"),
+        ("int8", 2, [[0, 0], [1, float("inf")]], "feature 1 has 0.0 and inf"),
+        ("int8", 2, [[float("nan"), 0], [1, -1]], "ranges of 2 of 2 .* feature 0 has nan and 1.0"),
     ],
 )
 def test_refusals(precision: str, dim: int, ranges: list[list[float]] | None, message: str) -> None:

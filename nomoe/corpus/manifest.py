@@ -14,7 +14,7 @@ import logging
 import os
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -172,6 +172,15 @@ def remove_unfinished(folder: Path) -> None:
     for path in folder.iterdir():
         if _UNFINISHED.fullmatch(path.name):
             path.unlink(missing_ok=True)
+
+
+def remove_empty(folder: Path) -> None:
+    """Remove a folder that holds nothing but the lock; only under it."""
+    if all(path.name == LOCK_FILE for path in folder.iterdir()):
+        # Windows lets nobody remove what is open
+        with suppress(OSError):
+            (folder / LOCK_FILE).unlink()
+            folder.rmdir()
 
 
 def check_same(begun: Manifest, now: Mapping[str, Any], folder: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -275,7 +276,7 @@ class _Planner:
             self._extend(file, first, start, taken, offsets)
         self._offset = offsets[-1]
         if isinstance(block.columns, list):
-            self._add_columns(block, taken, source)
+            self._add_columns(block, taken, source, first)
 
     def _extend(self, file: int, first: int, start: int, stop: int, offsets: list[int]) -> None:
         """Put rows of a block into the open shard."""
@@ -301,7 +302,7 @@ class _Planner:
         if len(self._examples) < _EXAMPLES:
             self._examples.append(where)
 
-    def _add_columns(self, block: Block, taken: int, source: Source) -> None:
+    def _add_columns(self, block: Block, taken: int, source: Source, first: int) -> None:
         head = block._replace(
             texts=block.texts[:taken],
             columns=block.columns[:taken],
@@ -313,9 +314,10 @@ class _Planner:
         self._note_names(names, source.path)
         if self._types is None:
             return
+        rows = [first + row for row in range(taken) if row not in head.problems]
         for name in names:
             values = [one.get(name) for one in dicts]
-            self._types.infer(name, values, source)
+            self._types.infer(name, values, rows, source)
 
     def _note_names(self, names: Iterable[str], path: str) -> None:
         for name in names:
@@ -340,8 +342,8 @@ class _Planner:
         absent = [] if self._columns is None else sorted(set(self._columns) - self._names)
         if absent and any(file.rows for file in files):
             raise ValueError(
-                f"no file has a column {absent[0]!r}; there are "
-                + (", ".join(sorted(self._names)) or "none of those asked for")
+                f"no file has a column {absent[0]!r}; of those asked for there "
+                + ("is " + ", ".join(sorted(self._names)) if self._names else "is none")
             )
         return Plan(
             files=tuple(files),
@@ -363,7 +365,7 @@ class _Types:
         # columns of JSON whose whole numbers so far are floats without loss
         self._exact: set[str] = set()
 
-    def merge(self, name: str, kind: pa.DataType, path: str) -> None:
+    def merge(self, name: str, kind: pa.DataType, place: str) -> None:
         """Widen a column's type by that of another file or block.
 
         Raises:
@@ -378,14 +380,14 @@ class _Types:
             merged = wider(with_floats(known), with_floats(kind))
         if merged is None:
             raise ValueError(
-                f"{path}: column {name!r} holds {kind}, but {known} before it, and no type has "
+                f"{place}: column {name!r} holds {kind}, but {known} before it, and no type has "
                 "room for both without loss; leave it out with columns= (--columns), or give it "
                 "one type"
             )
         self._fields[name] = merged
 
-    def infer(self, name: str, values: list[Any], source: Source) -> None:
-        """Widen a column's type by values of a text format.
+    def infer(self, name: str, values: list[Any], rows: list[int], source: Source) -> None:
+        """Widen a column's type by values of rows of a text format.
 
         Raises:
             ValueError: The values have no one type.
@@ -398,12 +400,14 @@ class _Types:
         try:
             array = pa.array(values)
         except (pa.ArrowException, OverflowError, UnicodeEncodeError) as error:
+            heads = range(1, len(values) + 1)
+            first = bisect_left(heads, True, key=lambda end: _has_no_type(values[:end]))
             raise ValueError(
-                f"{source.path}: column {name!r} has no one type that Parquet could hold; leave "
-                f"it out with columns= (--columns): {error}"
+                f"{source.path}, row {rows[first]} (the first is 0): column {name!r} has no one "
+                f"type that Parquet could hold; leave it out with columns= (--columns): {error}"
             ) from error
         self._note_exact(name, array)
-        self.merge(name, array.type, source.path)
+        self.merge(name, array.type, f"{source.path}, rows {rows[0]} to {rows[-1]}")
 
     def _note_exact(self, name: str, array: pa.Array) -> None:
         """Note whether all whole numbers of a column so far could be floats."""
@@ -431,6 +435,17 @@ class _Types:
         schema = pa.schema([(name, with_room(without_nulls(kind))) for name, kind in kinds])
         check_parquet(schema)
         return schema
+
+
+def _has_no_type(values: list[Any]) -> bool:
+    """Whether no one type of Arrow's holds values."""
+    import pyarrow as pa
+
+    try:
+        pa.array(values)
+    except (pa.ArrowException, OverflowError, UnicodeEncodeError):
+        return True
+    return False
 
 
 def _is_json(kind: pa.DataType) -> bool:

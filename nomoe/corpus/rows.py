@@ -27,6 +27,7 @@ _SAMPLE_ROWS = 16
 # longest row of a text format: beyond it a file is taken for another kind of data
 _LONGEST_ROW = 256 << 20
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff", b"\0\0\xfe\xff")
 
 # the columns of a block: one dict a row from text formats, a batch from Arrow's
 Columns: TypeAlias = "list[dict[str, Any]] | pa.RecordBatch"
@@ -119,6 +120,11 @@ class _Lines:
         if self._digest is not None:
             self._digest(line)
         if self.end == 0:
+            if _is_utf16(line):
+                raise ValueError(
+                    f"{self._path} is UTF-16 or UTF-32, expected UTF-8; convert it, for example "
+                    "with `iconv -f UTF-16 -t UTF-8`"
+                )
             line, skipped = line.removeprefix(_BYTE_ORDER_MARK), len(line)
             self.end = skipped
             if not line:
@@ -185,6 +191,12 @@ def _line_blocks(
                 block, start = Block([], {}, [], []), lines.end
         if block.texts:
             yield block
+
+
+def _is_utf16(line: bytes) -> bool:
+    """Whether a file's first line is UTF-16 or UTF-32, by its mark or, in ASCII, its zeros."""
+    start = line[:1024]
+    return start.startswith(_UTF16_MARKS) or 3 * start.count(0) > len(start)
 
 
 def _unicode_problem(text: str) -> str | None:

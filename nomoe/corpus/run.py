@@ -26,6 +26,7 @@ from .manifest import (
     finished_shards,
     locked,
     read_manifest,
+    remove_empty,
     remove_unfinished,
 )
 from .outputs import JsonlOutput, NpyOutput, Output, ParquetOutput
@@ -244,11 +245,17 @@ def write_folder(
     """
     folder = request.output
     check_folder(folder)
+    is_new = not folder.exists()
     # another run may make it at the same moment
     folder.mkdir(exist_ok=True)
     with locked(folder):
         remove_unfinished(folder)
-        request, manifest = begin(request)
+        try:
+            request, manifest = begin(request)
+        except BaseException:
+            if is_new:
+                remove_empty(folder)
+            raise
         finished = finished_shards(folder, manifest)
         plan = manifest.plan
         todo = [index for index in range(len(plan.shards)) if index not in finished]

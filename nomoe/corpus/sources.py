@@ -62,13 +62,17 @@ def find_sources(inputs: str | Path | Sequence[str | Path]) -> list[Source]:
 
     Raises:
         FileNotFoundError: There is no such file, or a folder or pattern has none.
-        ValueError: A suffix that is not known, a compressed file, files of several formats, a file
-            named twice, or a name that is not UTF-8.
+        ValueError: Standard input ("-"), a suffix that is not known, a compressed file, files of
+            several formats, a file named twice, or a name that is not UTF-8.
         ImportError: A URI or a format that needs pyarrow, which is not installed.
     """
     given = [inputs] if isinstance(inputs, str | Path) else list(inputs)
     if not given:
         raise ValueError("no input is named")
+    if "-" in map(str, given) and not Path("-").exists():
+        raise ValueError(
+            "standard input cannot be read, since the input is read twice: write it to a file"
+        )
     sources: list[Source] = []
     for one in given:
         sources += _find_remote(str(one)) if "://" in str(one) else _find_local(str(one))

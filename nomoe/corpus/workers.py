@@ -8,13 +8,14 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing import connection, get_context, process
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..arguments import check_count
+from ..signals import end_politely
 from .embedder import Embedder, ModelSettings
 from .manifest import Manifest, shard_metadata, shard_path
 from .outputs import Output, ParquetOutput, as_arrays
@@ -200,10 +201,14 @@ def run_processes(
                     process = pipes.pop(pipe)
                     process.join()
                     if process.exitcode:
+                        reason = (
+                            "it was killed, perhaps for lack of memory"
+                            if process.exitcode < 0
+                            else "what it printed says why"
+                        )
                         raise RuntimeError(
                             f"the process on {process.name.removeprefix('nomoe ')} ended with exit "
-                            f"code {process.exitcode} before its work was done (if it was killed, "
-                            "perhaps for lack of memory)"
+                            f"code {process.exitcode} before its work was done: {reason}"
                         ) from None
                     continue
                 if isinstance(message, Exception):
@@ -212,6 +217,9 @@ def run_processes(
     finally:
         for process in pipes.values():
             process.terminate()
+        for pipe in pipes:
+            # a signal that comes just before a process waits here for its next shard wakes nobody
+            pipe.close()
         for process in pipes.values():
             process.join()
 
@@ -234,7 +242,7 @@ def _ignoring_interrupts() -> Iterator[None]:
 
 def _work(pipe: Connection, job: Job, device: str, threads: int) -> None:
     """Run a process until there are no shards left, or nobody to report to."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    end_politely()
     # the tokenizer's own threads, which otherwise are as many as cores in every process
     os.environ.setdefault("RAYON_NUM_THREADS", str(threads))
 
@@ -253,4 +261,5 @@ def _work(pipe: Connection, job: Job, device: str, threads: int) -> None:
         sys.exit(1)
     # what bad input, a full disk or an unable machine raises; a bug shows itself
     except (ValueError, OSError, RuntimeError, ImportError, MemoryError) as error:
-        pipe.send(error)
+        with suppress(BrokenPipeError):
+            pipe.send(error)

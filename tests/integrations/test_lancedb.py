@@ -8,7 +8,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import lancedb
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -51,6 +53,22 @@ def test_search_finds_the_nearest(
         np.testing.assert_allclose(
             [1 - row["_distance"] for row in found], cosine[expected], atol=1e-3
         )
+
+
+def test_a_fill_that_was_interrupted_is_done_anew(
+    tmp_path: Path, tiny_folder: Path, example: ModuleType
+) -> None:
+    source, shards, database = tmp_path / "in.txt", tmp_path / "shards", tmp_path / "db"
+    source.write_text("\n".join(TEXTS), encoding="utf-8")
+    embed_corpus(source, shards, model=tiny_folder, device="cpu")
+    # no shard, though its name ends so
+    pq.write_table(pa.table({"x": [1]}), shards / "notes.parquet")
+    unfinished = database / "corpus.lance" / "data"
+    unfinished.mkdir(parents=True)
+    (unfinished / "rows.lance").write_bytes(b"half")
+    assert example.fill(shards, database).count_rows() == len(TEXTS)
+    lancedb.connect(database).open_table("corpus").delete("source_row > 3")
+    assert example.fill(shards, database).count_rows() == len(TEXTS)
 
 
 def test_the_command(
