@@ -556,7 +556,8 @@ class NomicMoEModel(nn.Module):
             needs_parameters = torch.is_grad_enabled() and any(
                 one.requires_grad for _, one in super().named_parameters()
             )
-            needs_parameters |= any(part.is_traced or part.has_stand_ins() for part in parts)
+            for part in parts:
+                needs_parameters |= part.has_stand_ins()
             ops = None if needs_parameters else cpu_ops(self.dtype)
         with LAYING_OUT:
             for part in parts:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from nomoe_kernels.reference import MoEWeights, Norm
 
 from .backends import Ops
 from .config import NomicMoEConfig
-from .packable import Packable
+from .packable import Packable, Stack
 
 
 class Router(nn.Module):
@@ -26,19 +27,14 @@ class Router(nn.Module):
 class ExpertWeights(Packable):
     """Both matrices of all experts, stored (E * F, D) each."""
 
-    packable = ("w1", "w2")
-
     def __init__(self, config: NomicMoEConfig) -> None:
         super().__init__()
-        self.num_experts = config.num_experts
         shape = (config.num_experts * config.ffn_width, config.n_embd)
         self.w1 = nn.Parameter(torch.empty(shape))
         self.w2 = nn.Parameter(torch.empty(shape))
-
-    def matrices(self, name: str, tensor: Tensor) -> list[Tensor]:
-        """Of each expert: applied as x @ w1[e].T and h @ w2[e]."""
-        tensor_EFD = tensor.unflatten(0, (self.num_experts, -1))
-        return list(tensor_EFD if name == "w1" else tensor_EFD.transpose(1, 2))
+        # applied as x @ w1[e].T and h @ w2[e]
+        experts = config.num_experts
+        self.stacks = {"w1": Stack(experts), "w2": Stack(experts, transposed=True)}
 
 
 class Experts(nn.Module):
@@ -53,11 +49,7 @@ class Experts(nn.Module):
 class Linear(nn.Linear, Packable):
     """x @ weight.T + bias by the kernels, with the exact (erf) GELU where asked."""
 
-    packable = ("weight",)
-
-    def matrices(self, name: str, tensor: Tensor) -> list[Tensor]:
-        """Return the only one."""
-        return [tensor]
+    stacks = MappingProxyType({"weight": Stack()})
 
     def forward(  # type: ignore[override]
         self, x_TI: Tensor, ops: Ops, *, gelu: bool = False

@@ -1,20 +1,21 @@
 """Modules whose matrices are laid out in advance for inference on a CPU.
 
 A parameter whose numbers are in such matrices is sealed: it keeps identity, shape and dtype, but no
-memory. Whoever uses it in any way opens it, which gives all parameters of its module their numbers
-back; the next inference lays them out again.
+memory of its own. Whoever uses it in any way opens it, which gives it its numbers back; the next
+inference lays them out again, unless something of autograd's still holds the parameter.
 """
 
 from __future__ import annotations
 
 import os
 import threading
-import weakref
-from collections.abc import Callable
-from typing import Any, Self
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from nomoe_kernels import cpu
 from nomoe_kernels.matrices import Matrix
@@ -55,14 +56,37 @@ _ABOUT = {
 }
 
 
+class Stack(NamedTuple):
+    """How a parameter holds (O, I) matrices: how many, one below the other, as they are or not."""
+
+    matrices: int = 1
+    transposed: bool = False
+
+    def views(self, tensor: Tensor) -> list[Tensor]:
+        """View a parameter's tensor as its matrices."""
+        stacked = tensor.unflatten(0, (self.matrices, -1))
+        return list(stacked.transpose(1, 2) if self.transposed else stacked)
+
+
+class Seal(NamedTuple):
+    """What a sealed parameter's numbers are in."""
+
+    stack: Stack
+    matrices: list[Matrix]
+
+
 class SealedParameter(nn.Parameter):
-    """A parameter whose numbers are in its module's packed matrices.
+    """A parameter whose numbers are in packed matrices.
 
     One of torch's parameters becomes one, and becomes torch's again, by a change of its class. What
     passes torch's functions by, as C++ does, reads NaN.
     """
 
-    sealed_by: weakref.ref[Packable]
+    seal: Seal
+
+    def __new__(cls, *arguments: Any, **options: Any) -> nn.Parameter:  # type: ignore[misc]
+        """Make one of torch's, for those who make another of a parameter's type."""
+        return nn.Parameter(*arguments, **options)
 
     @classmethod
     def __torch_function__(
@@ -76,37 +100,50 @@ class SealedParameter(nn.Parameter):
         kwargs = kwargs or {}
         if func in _ABOUT:
             return super().__torch_function__(func, types, args, kwargs)  # type: ignore[no-untyped-call]
+        # until the function has what it needs of them, nobody seals them again
         with LAYING_OUT:
             _open_all((args, kwargs))
-        return func(*args, **kwargs)
+            return func(*args, **kwargs)
 
     # both look at what the parameter is before they call a function of torch
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
-        opened(self)
-        return nn.Parameter.__deepcopy__(self, memo)  # type: ignore[no-any-return]
+        with LAYING_OUT:
+            return nn.Parameter.__deepcopy__(opened(self), memo)  # type: ignore[no-any-return]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        opened(self)
-        return nn.Parameter.__reduce_ex__(self, protocol)
+        with LAYING_OUT:
+            return nn.Parameter.__reduce_ex__(opened(self), protocol)
+
+
+@contextmanager
+def _by_itself() -> Iterator[None]:
+    """Have torch do what it does to plain tensors, whatever is going on around, and alone."""
+    with (
+        LAYING_OUT,
+        _disable_current_modes(),
+        torch._C._DisableFuncTorch(),
+        torch._C.DisableTorchFunctionSubclass(),
+        torch.inference_mode(False),
+        torch.no_grad(),
+    ):
+        yield
 
 
 @untraced
 def opened(parameter: nn.Parameter) -> nn.Parameter:
-    """Give a parameter its numbers back, if it is sealed.
-
-    Raises:
-        RuntimeError: They went with its module.
-    """
+    """Give a parameter its numbers back, if it is sealed."""
     if type(parameter) is SealedParameter:
-        owner = parameter.sealed_by()
-        if owner is not None:
-            owner.unpack()
-        if type(parameter) is SealedParameter:
-            raise RuntimeError(
-                "a weight's numbers went with the module that had packed it for inference: call "
-                "parameters() of a model before taking its parameters"
-            )
+        with _by_itself():
+            # another thread may have been faster
+            if type(parameter) is SealedParameter:
+                stack, matrices = parameter.seal
+                dense = torch.empty(parameter.shape, dtype=parameter.dtype, device="cpu")
+                for view, matrix in zip(stack.views(dense), matrices, strict=True):
+                    view.copy_(matrix.unpack())
+                _point(parameter, dense)
+                parameter.__class__ = nn.Parameter  # type: ignore[assignment]
+                del parameter.seal
     return parameter
 
 
@@ -120,112 +157,107 @@ def _open_all(inputs: Any) -> None:
             _open_all(one)
 
 
+def _seal(parameter: nn.Parameter, seal: Seal) -> None:
+    nothing = torch.full((), torch.nan, dtype=parameter.dtype, device="cpu")
+    parameter.seal = seal  # type: ignore[attr-defined]
+    parameter.__class__ = SealedParameter
+    _point(parameter, nothing.expand(parameter.shape))
+
+
+def _point(parameter: nn.Parameter, tensor: Tensor) -> None:
+    """Have a parameter read and write where a tensor does."""
+    # as `.data =` does, which however waits for a lock of autograd's while it holds Python's
+    torch.ops.aten.set_data(parameter, tensor)
+
+
+def _is_held(parameter: nn.Parameter) -> bool:
+    """Whether a graph of autograd's or a view holds a parameter, and with it what it reads."""
+    holders: int
+    if not parameter.requires_grad:
+        # Python's object
+        holders = parameter._use_count() - 1  # type: ignore[attr-defined]
+        return holders > 0
+    with torch.enable_grad():
+        # where gradients are added up, which holds it as well, whether or not it was there before
+        node = parameter.view_as(parameter).grad_fn.next_functions[0][0]  # type: ignore[union-attr]
+    holders = parameter._use_count() - 2  # type: ignore[attr-defined]
+    del node
+    return holders > 0
+
+
 class Packable(nn.Module):
-    """A module whose matrices can be laid out in advance for inference on a CPU.
+    """A module whose matrices can be laid out in advance for inference on a CPU."""
 
-    While they are, `packed` holds them, and their parameters are sealed.
-    """
+    # the parameters that hold such matrices, by name
+    stacks: Mapping[str, Stack]
 
-    # names of the parameters that are packed
-    packable: tuple[str, ...]
-    # the matrices of each, by name
-    packed: dict[str, list[Matrix]] | None = None
-    # the parameters whose numbers they hold
-    sealed: dict[str, nn.Parameter]
-    # ids of its own parameters, whatever `torch.func.functional_call` puts in their place for a
-    # while; what shards a model wants the old ones gone, and `torch.utils.swap_tensors` no weakrefs
-    own: dict[str, int]
-    # a compiler made its forward with gradients, whose backward reads the parameters themselves
-    is_traced = False
-    # another module has a parameter of it
-    is_shared = False
+    @property
+    def packed(self) -> dict[str, list[Matrix]] | None:
+        """The matrices of each parameter, where all are laid out."""
+        packed = {}
+        for name, stack in self.stacks.items():
+            parameter = self._parameters.get(name)
+            if type(parameter) is not SealedParameter or parameter.seal.stack != stack:
+                return None
+            packed[name] = parameter.seal.matrices
+        return packed
 
-    def matrices(self, name: str, tensor: Tensor) -> list[Tensor]:
-        """View a parameter's tensor as the (O, I) matrices it holds."""
-        raise NotImplementedError
-
-    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """As every module's; assigning one comes through here too."""
-        super().register_parameter(name, param)
-        self._note_own()
-
-    def _note_own(self) -> None:
-        self.own = {name: id(parameter) for name, parameter in self._parameters.items()}
+    def __getattr__(self, name: str) -> Any:
+        found = super().__getattr__(name)
+        return opened(found) if type(found) is SealedParameter else found
 
     def has_stand_ins(self) -> bool:
-        """Whether a parameter that would be packed is not the module's own, or no plain one."""
-        for name in self.packable:
-            one = self._parameters.get(name)
-            if one is not None and (
-                type(one) not in (nn.Parameter, SealedParameter) or self.own.get(name) != id(one)
-            ):
-                return True
-        return False
+        """Whether something of another kind is in a parameter's place.
 
-    @torch.no_grad()
+        `torch.func` puts it there for one call: it wraps a parameter that may be sealed itself.
+        """
+        stand_ins = [
+            one
+            for name in self.stacks
+            if (one := self._parameters.get(name)) is not None
+            and type(one) not in (nn.Parameter, SealedParameter)
+        ]
+        for one in stand_ins:
+            inner: Any = one
+            while torch._C._functorch.is_functorch_wrapped_tensor(inner):
+                inner = torch._C._functorch.get_unwrapped(inner)
+            opened(inner)
+        return bool(stand_ins)
+
     def pack(self) -> None:
         """Lay the matrices out for `nomoe_kernels.cpu` and free the originals.
 
         What is computed from other parameters (torch's pruning, parametrizations) stays as it is,
-        and so does what stands in for the module's own, or is another's too.
+        and so does what a graph holds or other processes share.
         """
-        with LAYING_OUT, torch._C._DisableFuncTorch():
-            now = self._parameters
-            if self.packed is not None:
-                if all(
-                    now.get(name) is one and type(one) is SealedParameter
-                    for name, one in self.sealed.items()
-                ):
+        if self.packed is not None:
+            return
+        with _by_itself():
+            plain = {}
+            for name, stack in self.stacks.items():
+                parameter = self._parameters.get(name)
+                if type(parameter) is SealedParameter and parameter.seal.stack == stack:
+                    continue
+                if type(parameter) is not nn.Parameter or parameter.is_shared():
                     return
-                self.unpack()
-            parameters = {name: one for name in self.packable if (one := now.get(name)) is not None}
-            if len(parameters) < len(self.packable) or self._opens_others():
-                return
-            packed = {
-                name: [cpu.pack_weight(view) for view in self.matrices(name, parameter.data)]
-                for name, parameter in parameters.items()
-            }
+                if _is_held(parameter):
+                    return
+                plain[name] = parameter
             # whole before any parameter loses its numbers
-            self.packed, self.sealed = packed, parameters
-            for parameter in parameters.values():
-                nothing = parameter.new_full((), torch.nan).expand(parameter.shape)
-                parameter.sealed_by = weakref.ref(self)  # type: ignore[attr-defined]
-                parameter.__class__ = SealedParameter
-                with torch._C.DisableTorchFunctionSubclass():
-                    parameter.data = nothing
-
-    def _opens_others(self) -> bool:
-        """Open parameters that another module had sealed; whether it did, now or before."""
-        for parameter in self._parameters.values():
-            if type(parameter) is SealedParameter:
-                owner = parameter.sealed_by()
-                opened(parameter)
-                if owner is not None:
-                    owner.is_shared = self.is_shared = True
-        return self.is_shared
+            seals = {
+                name: Seal(stack, [cpu.pack_weight(one) for one in stack.views(plain[name].data)])
+                for name, stack in self.stacks.items()
+                if name in plain
+            }
+            for name, parameter in plain.items():
+                _seal(parameter, seals[name])
 
     def unpack(self) -> None:
         """Give the parameters their numbers back."""
-        # made in inference mode, or under one of torch.func's transforms, they would be no plain
-        # tensors
-        with (
-            LAYING_OUT,
-            torch._C._DisableFuncTorch(),
-            torch._C.DisableTorchFunctionSubclass(),
-            torch.inference_mode(False),
-            torch.no_grad(),
-        ):
-            for name, matrices in (self.packed or {}).items():
-                parameter = self.sealed[name]
-                # `torch.utils.swap_tensors` makes it another
-                if type(parameter) is SealedParameter:
-                    dense = torch.empty(parameter.shape, dtype=parameter.dtype, device="cpu")
-                    for view, matrix in zip(self.matrices(name, dense), matrices, strict=True):
-                        view.copy_(matrix.unpack())
-                    parameter.data = dense
-                    parameter.__class__ = nn.Parameter  # type: ignore[assignment]
-                    del parameter.sealed_by
-            self.packed, self.sealed = None, {}
+        for name in self.stacks:
+            parameter = self._parameters.get(name)
+            if parameter is not None:
+                opened(parameter)
 
     def snapshot(self) -> tuple[dict[str, list[Matrix]] | None, dict[str, Tensor]]:
         """The packed matrices, or None and the parameters' numbers.
@@ -233,25 +265,21 @@ class Packable(nn.Module):
         Both stay what they are while another thread packs or unpacks.
         """
         with LAYING_OUT:
-            if self.packed is not None:
-                return self.packed, {}
-            return None, {name: getattr(self, name).detach() for name in self.packable}
+            if (packed := self.packed) is not None:
+                return packed, {}
+            return None, {name: getattr(self, name).detach() for name in self.stacks}
 
     def parameters_now(self) -> dict[str, Tensor]:
-        """Views of the parameters, with their gradients, that keep their numbers.
+        """The parameters, or where gradients are asked for views, which nobody packs.
 
         Another thread may pack between this and their use, and between a forward and its backward.
         """
-        parameters: dict[str, Tensor] = {name: getattr(self, name) for name in self.packable}
-        if not torch.is_grad_enabled() or any(
-            one.device.type != "cpu" for one in parameters.values()
-        ):
-            return parameters
         if torch.compiler.is_compiling():
-            self.is_traced = True
-            return parameters
+            return {name: getattr(self, name) for name in self.stacks}
         with LAYING_OUT:
-            self.unpack()
+            parameters: dict[str, Tensor] = {name: getattr(self, name) for name in self.stacks}
+            if not torch.is_grad_enabled():
+                return parameters
             return {name: one.view_as(one) for name, one in parameters.items()}
 
     def train(self, mode: bool = True) -> Self:
@@ -262,28 +290,17 @@ class Packable(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # SentenceTransformer moves its model to where it is, in every call
-        if self.packed and _leaves_as_is(fn, next(iter(self.sealed.values()))):
-            with torch._C.DisableTorchFunctionSubclass():
-                super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        else:
-            self.unpack()
-            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self._note_own()
-        return self
+        if self.packed and all(
+            _leaves_as_is(fn, one) for one in self._parameters.values() if one is not None
+        ):
+            return self
+        self.unpack()
+        return super()._apply(fn, recurse)  # type: ignore[no-any-return, no-untyped-call]
 
     def _save_to_state_dict(self, *arguments: Any) -> None:
         with LAYING_OUT:
             self.unpack()
             super()._save_to_state_dict(*arguments)
-
-    def __getstate__(self) -> dict[str, Any]:
-        self.unpack()
-        of_this_one = {"own", "is_traced", "is_shared"}
-        return {name: value for name, value in self.__dict__.items() if name not in of_this_one}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._note_own()
 
 
 def _leaves_as_is(fn: Callable[[Tensor], Tensor], parameter: nn.Parameter) -> bool:

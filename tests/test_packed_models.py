@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import copy
-import gc
 import io
 import multiprocessing
 import os
 import pickle
+import subprocess
+import sys
 import threading
 import time
 import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 from torch.nn.utils import parametrize, prune
 from torch.optim.swa_utils import AveragedModel
@@ -30,6 +33,7 @@ from nomoe_kernels import cpu, matrices
 from tests.conftest import LIBRARIES
 from tests.test_cpu_ops import DTYPES, embed, packed
 
+ROOT = Path(__file__).parent.parent
 NAME = "encoder.layers.0.attn.Wqkv.weight"
 pytestmark = pytest.mark.skipif(not DTYPES, reason="torch has no oneDNN here")
 
@@ -72,7 +76,7 @@ def test_a_parameter_asked_for_by_name_has_its_numbers(
 
 
 def test_originals_are_freed(model: NomicMoEModel) -> None:
-    weight = model.encoder.layers[1].mlp.experts.mlp.w1
+    weight = model.encoder.layers[1].mlp.experts.mlp._parameters["w1"]
     assert weight.shape == (8 * 192, 96)
     assert weight.dtype == torch.float32
     assert weight.requires_grad
@@ -226,10 +230,12 @@ def test_inference_before_an_optimizers_step(
     loss = model.forward_packed(ids_T, [20, 10])[0].square().mean()
     if before_backward:
         embed(model)
+        # the graph reads them
+        assert not packed(model)
     loss.backward()
     if not before_backward:
         embed(model)
-    assert packed(model)
+        assert packed(model)
     again.forward_packed(ids_T, [20, 10])[0].square().mean().backward()
     optimizer.step()
     kind(again.parameters(), **options).step()  # type: ignore[call-arg]
@@ -291,11 +297,14 @@ def test_gradients_of_a_function_of_the_weights(
         torch.testing.assert_close(
             gradients[name], torch.zeros(()) if one.grad is None else one.grad
         )
+    # they have a graph of their own
+    torch.testing.assert_close(embed(model), before, atol=1e-5, rtol=0)
+    del gradients
     assert torch.equal(embed(model), before)
     assert packed(model)
 
 
-def test_weights_put_in_past_the_module_run_as_they_are(
+def test_weights_put_in_past_the_module(
     model: NomicMoEModel, checkpoint: dict[str, Tensor]
 ) -> None:
     """As sharding does, which wants the old ones gone."""
@@ -306,8 +315,8 @@ def test_weights_put_in_past_the_module_run_as_they_are(
     assert old() is None
     fresh = NomicMoEModel(model.config).eval()
     fresh.load_state_dict(checkpoint | {NAME: 2 * checkpoint[NAME]})
-    torch.testing.assert_close(embed(model), embed(fresh), atol=1e-5, rtol=0)
-    assert layer.packed is None
+    assert torch.equal(embed(model), embed(fresh))
+    assert packed(model)
     assert layer.weight.equal(2 * checkpoint[NAME])
 
 
@@ -369,18 +378,27 @@ def test_modules_may_share_a_parameter(checkpoint: dict[str, Tensor], model: Nom
     torch.testing.assert_close(embed(fresh), expected, atol=1e-5, rtol=0)
 
 
-def test_a_parameter_whose_numbers_went_with_its_module_is_refused(
+def test_a_parameter_outlives_its_module(
     checkpoint: dict[str, Tensor], model: NomicMoEModel
 ) -> None:
+    before = embed(model)
     fresh = NomicMoEModel(model.config).eval()
     fresh.load_state_dict(checkpoint)
+    kept = list(fresh.parameters())
     embed(fresh)
-    weight = fresh.encoder.layers[0].attn.Wqkv.weight
+    layer = weakref.ref(fresh.encoder.layers[0].attn.Wqkv)
+    model.encoder.layers[0].attn.Wqkv.weight = layer()._parameters["weight"]  # type: ignore[union-attr]
     del fresh
-    gc.collect()
-    model.encoder.layers[0].attn.Wqkv.weight = weight
-    with pytest.raises(RuntimeError, match="went with the module"):
-        embed(model)
+    assert layer() is None
+    assert torch.equal(embed(model), before)
+    for one, other in zip(kept, checkpoint.values(), strict=True):
+        assert one.equal(other)
+
+
+def test_what_is_replaced_is_freed(model: NomicMoEModel, checkpoint: dict[str, Tensor]) -> None:
+    old = weakref.ref(model.encoder.layers[0].attn.Wqkv.packed["weight"][0].packed)  # type: ignore[index]
+    model.load_state_dict(checkpoint, assign=True)
+    assert old() is None
 
 
 def test_a_weight_computed_from_a_packed_one(
@@ -407,6 +425,7 @@ USES: dict[str, Callable[[Tensor], Tensor]] = {
     "save": lambda one: saved(one),
     "text": lambda one: one if "nan" not in repr(one) else one * torch.nan,
     "a view": lambda one: one.view(-1).view_as(one),
+    "another of its type": lambda one: type(one)(one.detach()),
 }
 
 
@@ -439,11 +458,74 @@ def test_whoever_uses_a_parameter_gets_its_numbers(
         assert used.equal(checkpoint[NAME])
         assert type(used) in (Tensor, nn.Parameter)
         assert layer.packed is None
+        del used
         assert torch.equal(embed(model), before)
 
 
+@pytest.mark.filterwarnings("ignore:To copy construct from a tensor")
+def test_a_layers_attribute_is_open(model: NomicMoEModel, checkpoint: dict[str, Tensor]) -> None:
+    """To what looks at no function of torch's."""
+    for ask in (
+        lambda: model.encoder.layers[0].attn.Wqkv.weight,
+        lambda: model.get_parameter(NAME),
+        lambda: dict(model.named_parameters())[NAME],
+    ):
+        for use in (
+            torch.tensor,
+            nn.Parameter,
+            lambda one: nn.Embedding.from_pretrained(one).weight,
+            lambda one: torch.func.grad(lambda weight: weight.square().sum() / 2)(one),
+        ):
+            embed(model)
+            assert packed(model)
+            assert use(ask()).equal(checkpoint[NAME])  # type: ignore[operator]
+
+
+def test_nothing_around_spoils_the_numbers(model: NomicMoEModel) -> None:
+    before = embed(model)
+    weight = model.encoder.layers[0].attn.Wqkv._parameters["weight"]
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        weight + 1
+    assert torch.equal(embed(model), before)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        copy.deepcopy(model)
+    assert torch.equal(embed(model), before)
+    with torch.device("meta"), torch.inference_mode():
+        weight.sum()
+    assert torch.equal(embed(model), before)
+
+
+def test_shared_memory_stays_shared(model: NomicMoEModel) -> None:
+    before = embed(model)
+    model.share_memory()
+    torch.testing.assert_close(embed(model), before, atol=1e-5, rtol=0)
+    assert all(one.is_shared() for one in model.parameters())
+
+
+def test_a_thread_may_use_a_parameter_while_another_embeds(library: str) -> None:
+    """Torch has a lock of its own, for which it may wait while it holds Python's."""
+    code = (
+        "import sys, threading, time, torch; sys.path[:0] = ['.', 'kernels']\n"
+        "from nomoe import NomicMoEModel, data\n"
+        "from nomoe_kernels import matrices\n"
+        f"matrices._is_intel = lambda: {library == 'mkl'}\n"
+        "torch.set_num_threads(1); sys.setswitchinterval(1e-5)\n"
+        "model = NomicMoEModel.from_pretrained(data.TINY, device='cpu')\n"
+        "weight = model.encoder.layers[0].attn.Wqkv.weight\n"
+        "end = time.time() + 3\n"
+        "def use():\n"
+        "    while time.time() < end: weight.sum()\n"
+        "thread = threading.Thread(target=use); thread.start()\n"
+        "with torch.no_grad():\n"
+        "    while time.time() < end: model.forward_packed(torch.arange(4, 34), [20, 10])\n"
+        "thread.join()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60, capture_output=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_what_says_something_about_a_parameter_leaves_it_packed(model: NomicMoEModel) -> None:
-    weight = model.encoder.layers[0].attn.Wqkv.weight
+    weight = model.encoder.layers[0].attn.Wqkv._parameters["weight"]
     assert weight.device == torch.device("cpu")
     assert (weight.ndim, weight.dim(), len(weight)) == (2, 2, 288)
     assert weight.size() == weight.shape == (288, 96)
@@ -454,14 +536,20 @@ def test_what_says_something_about_a_parameter_leaves_it_packed(model: NomicMoEM
     assert packed(model)
 
 
+@pytest.mark.parametrize("kind", ["distance", "square", "norm"])
 @pytest.mark.parametrize("compiled", [False, True])
-def test_inference_before_a_penalty(compiled: bool, model: NomicMoEModel) -> None:
-    """Over parameters kept from before, as L2-SP and EWC have it."""
+def test_inference_before_a_penalty(kind: str, compiled: bool, model: NomicMoEModel) -> None:
+    """Over parameters kept from before, as L2-SP and EWC have it; some keep them for backward."""
     again = copy.deepcopy(model)
     torch.compiler.reset()
 
     def penalty(kept: list[Tensor], starts: list[Tensor]) -> Tensor:
-        return sum((one - start).square().sum() for one, start in zip(kept, starts, strict=True))  # type: ignore[return-value]
+        pairs = zip(kept, starts, strict=True)
+        if kind == "distance":
+            return sum((one - start).square().sum() for one, start in pairs)  # type: ignore[return-value]
+        if kind == "square":
+            return sum((one * one * start).sum() for one, start in pairs)  # type: ignore[return-value]
+        return sum(one.norm() for one in kept)  # type: ignore[return-value]
 
     run = torch.compile(penalty, backend="aot_eager") if compiled else penalty
     for one, embeds in ((model, True), (again, False)):
@@ -469,10 +557,16 @@ def test_inference_before_a_penalty(compiled: bool, model: NomicMoEModel) -> Non
         starts = [0.5 * part.detach() for part in kept]
         if embeds:
             embed(one)
-        loss = loss_of(one)
+        first = run(kept, starts)
         if embeds:
             embed(one)
-        (loss + run(kept, starts)).backward()
+        loss = first + loss_of(one)
+        if embeds:
+            embed(one)
+        loss = loss + run(kept, starts)
+        if embeds:
+            embed(one)
+        loss.backward()
         if embeds:
             embed(one)
         torch.optim.SGD(kept, lr=0.01).step()
@@ -557,6 +651,28 @@ def test_parameters_may_be_swapped(monkeypatch: pytest.MonkeyPatch, model: Nomic
     torch.utils.swap_tensors(weight, nn.Parameter(fresh.state_dict()[NAME].clone() * 2))
     fresh.get_parameter(NAME).data.mul_(2)
     torch.testing.assert_close(embed(model), embed(fresh), atol=1e-5, rtol=0)
+    parts = [one.encoder.layers[0].mlp for one in (model, fresh)]
+    for mine, other in [parts, parts[:1] * 2]:
+        # both packed
+        pair = (mine.fc1._parameters["weight"], other.fc2._parameters["weight"])
+        numbers = [one.detach().clone() for one in pair]
+        embed(model)
+        embed(fresh)
+        torch.utils.swap_tensors(*pair)
+        assert [one.equal(two) for one, two in zip(pair, numbers[::-1], strict=True)] == [True] * 2
+        torch.utils.swap_tensors(*pair)
+
+
+def test_a_move_to_where_it_is_in_every_way_of_torchs(
+    monkeypatch: pytest.MonkeyPatch, model: NomicMoEModel
+) -> None:
+    before = embed(model)
+    for name in ("swap_module_params", "overwrite_module_params"):
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.__future__, f"_{name}_on_conversion", True)
+            nn.Sequential(model).to("cpu")
+            assert packed(model)
+            assert torch.equal(embed(model), before)
 
 
 def test_a_forward_that_needs_gradients_unpacks(model: NomicMoEModel) -> None:
@@ -564,6 +680,10 @@ def test_a_forward_that_needs_gradients_unpacks(model: NomicMoEModel) -> None:
     assert output.requires_grad
     assert not packed(model)
     torch.testing.assert_close(output, embed(model), atol=1e-5, rtol=0)
+    assert not packed(model)
+    del output
+    embed(model)
+    assert packed(model)
     frozen = model.requires_grad_(False)
     assert not frozen.forward_packed(torch.arange(4, 34), [20, 10])[0].requires_grad
     assert packed(model)
