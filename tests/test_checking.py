@@ -44,13 +44,14 @@ def test_the_native_class_and_what_check_says_of_it(tiny_folder: Path, tmp_path:
 
 def test_check_takes_what_is_right(tiny_folder: Path, encoder: Encoder) -> None:
     encoder.encode("search_query: packs the matrices")
-    packed = encoder.model.encoder.layers[0].attn.Wqkv.packed
+    layer = encoder.model.encoder.layers[0].attn.Wqkv
+    assert layer.packed is not None
+    [matrix] = layer.packed["weight"]
     holder = SimpleNamespace(model=encoder)
     for model in (encoder, encoder.model, holder, HFNomicMoEModel.from_pretrained(tiny_folder)):
         nomoe.check(model)
     # without unpacking anything
-    assert packed is not None
-    assert encoder.model.encoder.layers[0].attn.Wqkv.packed is packed
+    assert layer.packed["weight"][0] is matrix
 
 
 def test_check_finds_what_is_missing(tiny_folder: Path) -> None:
