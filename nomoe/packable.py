@@ -195,11 +195,12 @@ class Packable(nn.Module):
     def packed(self) -> dict[str, list[Matrix]] | None:
         """The matrices of each parameter, where all are laid out."""
         packed = {}
-        for name, stack in self.stacks.items():
-            parameter = self._parameters.get(name)
-            if type(parameter) is not SealedParameter or parameter.seal.stack != stack:
-                return None
-            packed[name] = parameter.seal.matrices
+        with LAYING_OUT:
+            for name, stack in self.stacks.items():
+                parameter = self._parameters.get(name)
+                if type(parameter) is not SealedParameter or parameter.seal.stack != stack:
+                    return None
+                packed[name] = parameter.seal.matrices
         return packed
 
     def __getattr__(self, name: str) -> Any:
@@ -274,12 +275,10 @@ class Packable(nn.Module):
 
         Another thread may pack between this and their use, and between a forward and its backward.
         """
-        if torch.compiler.is_compiling():
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return {name: getattr(self, name) for name in self.stacks}
         with LAYING_OUT:
             parameters: dict[str, Tensor] = {name: getattr(self, name) for name in self.stacks}
-            if not torch.is_grad_enabled():
-                return parameters
             return {name: one.view_as(one) for name, one in parameters.items()}
 
     def train(self, mode: bool = True) -> Self:
