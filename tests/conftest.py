@@ -22,6 +22,7 @@ import nomoe
 from benchmarks.workload import write_shallow
 from nomoe import Encoder, NomicMoEModel, data, synthetic
 from nomoe.corpus import workers
+from nomoe.packable import Packable
 from nomoe.verify import full_width_model
 from nomoe_kernels import cpu, matrices
 
@@ -144,3 +145,19 @@ def shown(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(cpu, "linear", watched)
     return rows
+
+
+@pytest.fixture
+def packed_model(library: str) -> NomicMoEModel:
+    """The golden data's tiny model, its matrices packed."""
+    model = NomicMoEModel.from_pretrained(data.TINY, device="cpu")
+    with torch.no_grad():
+        model.forward_packed(torch.arange(4, 34), [20, 10])
+    assert all(part.packed for part in model.modules() if isinstance(part, Packable))
+    return model
+
+
+@pytest.fixture(scope="session")
+def checkpoint() -> dict[str, Tensor]:
+    """The tensors of that model."""
+    return NomicMoEModel.from_pretrained(data.TINY, device="cpu").state_dict()

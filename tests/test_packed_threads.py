@@ -1,0 +1,156 @@
+"""Threads and forks of a process that share a packed model."""
+
+from __future__ import annotations
+
+import copy
+import multiprocessing
+import os
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from nomoe import NomicMoEModel
+from nomoe.packable import LAYING_OUT
+from nomoe_kernels import cpu
+from tests.test_cpu_ops import DTYPES, embed
+
+ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.skipif(not DTYPES, reason="torch has no oneDNN here")
+
+
+@pytest.fixture
+def model(packed_model: NomicMoEModel) -> NomicMoEModel:
+    return packed_model
+
+
+def test_a_thread_may_use_a_parameter_while_another_embeds(library: str) -> None:
+    """Torch has a lock of its own, for which it may wait while it holds Python's."""
+    code = (
+        "import sys, threading, time, torch; sys.path[:0] = ['.', 'kernels']\n"
+        "from nomoe import NomicMoEModel, data\n"
+        "from nomoe_kernels import matrices\n"
+        f"matrices._is_intel = lambda: {library == 'mkl'}\n"
+        "torch.set_num_threads(1); sys.setswitchinterval(1e-5)\n"
+        "model = NomicMoEModel.from_pretrained(data.TINY, device='cpu')\n"
+        "weight = model.encoder.layers[0].attn.Wqkv.weight\n"
+        "end = time.time() + 3\n"
+        "def use():\n"
+        "    while time.time() < end: weight.sum()\n"
+        "thread = threading.Thread(target=use); thread.start()\n"
+        "with torch.no_grad():\n"
+        "    while time.time() < end: model.forward_packed(torch.arange(4, 34), [20, 10])\n"
+        "thread.join()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60, capture_output=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_weights_given_back_in_the_middle_of_a_forward(
+    again: bool, model: NomicMoEModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By another thread that counts parameters, say, and laid out once more by a third."""
+    before = embed(model)
+    calls = iter(range(100))
+    attention = cpu.attention
+
+    def interrupted(*inputs: object) -> Tensor:
+        call = next(calls)
+        if call == 1:
+            assert not any(one.isnan().any() for one in model.parameters())
+        if call == 2 and again:
+            model._lay_out()
+        return attention(*inputs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(cpu, "attention", interrupted)
+    torch.testing.assert_close(embed(model), before, atol=1e-5, rtol=0)
+    monkeypatch.setattr(cpu, "attention", attention)
+    assert torch.equal(embed(model), before)
+
+
+def test_a_thread_may_ask_while_another_embeds(model: NomicMoEModel) -> None:
+    before = embed(model)
+    done = threading.Event()
+
+    def count() -> None:
+        while not done.is_set():
+            assert all(one.isfinite().all() for one in model.state_dict().values())
+            sum(one.numel() for one in model.parameters())
+            copy.deepcopy(model)
+
+    with ThreadPoolExecutor(2) as pool:
+        counting = pool.submit(count)
+        try:
+            for _ in range(100):
+                torch.testing.assert_close(embed(model), before, atol=1e-5, rtol=0)
+        finally:
+            done.set()
+        counting.result()
+    assert torch.equal(embed(model), before)
+
+
+def test_a_thread_may_ask_for_gradients_while_another_embeds(model: NomicMoEModel) -> None:
+    """Of a model in eval mode, which the other packs at every turn."""
+    ids_T = torch.arange(5, 12)
+
+    def run() -> tuple[Tensor, Tensor]:
+        model.zero_grad()
+        out_TD = model.forward_packed(ids_T, [7]).last_hidden_state
+        out_TD.pow(3).sum().backward()
+        gradients = [one.grad for one in model.parameters() if one.grad is not None]
+        return out_TD.detach(), torch.cat([one.flatten() for one in gradients])
+
+    expected = run()
+    done = threading.Event()
+
+    def work() -> None:
+        while not done.is_set():
+            embed(model)
+
+    with ThreadPoolExecutor(1) as pool:
+        working = pool.submit(work)
+        try:
+            for _ in range(30):
+                torch.testing.assert_close(run(), expected, atol=1e-5, rtol=1e-5)
+        finally:
+            done.set()
+        working.result()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+def test_a_fork_waits_for_the_lock() -> None:
+    """Or its child would wait for a thread that it does not have."""
+    held = threading.Event()
+
+    def hold() -> None:
+        with LAYING_OUT:
+            held.set()
+            time.sleep(0.2)
+
+    with ThreadPoolExecutor(1) as pool:
+        holding = pool.submit(hold)
+        held.wait()
+        child = multiprocessing.get_context("fork").Process(target=LAYING_OUT.acquire)
+        child.start()
+        child.join(10)
+        ended = child.exitcode
+        child.kill()
+        holding.result()
+    assert ended == 0
+
+
+def test_threads_may_share_a_model(checkpoint: dict[str, Tensor], model: NomicMoEModel) -> None:
+    expected = embed(model)
+    for _ in range(5):
+        fresh = NomicMoEModel(model.config).eval()
+        fresh.load_state_dict(checkpoint)
+        with ThreadPoolExecutor(4) as pool:
+            for result in pool.map(embed, [fresh] * 8):
+                assert torch.equal(result, expected)
