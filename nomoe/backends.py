@@ -147,12 +147,16 @@ def activation_dtype(
     """
     if ops is not cpu or not cpu.widens(tokens, dtype):
         return dtype
-    is_own = all(
+    return torch.float32 if is_own(layers) else dtype
+
+
+def is_own(module: nn.Module) -> bool:
+    """Whether all in a module is nomoe's or torch's, and nobody hooks it."""
+    return all(
         type(part).__module__.startswith(("nomoe.", "torch.nn."))
         and not (part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part))
-        for part in layers.modules()
+        for part in module.modules()
     )
-    return torch.float32 if is_own else dtype
 
 
 def rows_wanted(ops: Ops | TableOps, tokens: int, dtype: torch.dtype) -> int:

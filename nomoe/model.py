@@ -26,6 +26,7 @@ from .backends import (
     activation_dtype,
     compiled_if_plain,
     cpu_ops,
+    is_own,
     rows_wanted,
     select_backend,
     untraced,
@@ -553,8 +554,9 @@ class NomicMoEModel(nn.Module):
         ops = None
         parts = self._packables()
         if self.packs_matrices and not self.training:
-            needs_parameters = torch.is_grad_enabled() and any(
-                one.requires_grad for _, one in super().named_parameters()
+            # what a hook adds may ask for gradients where no parameter does
+            needs_parameters = torch.is_grad_enabled() and (
+                any(one.requires_grad for _, one in super().named_parameters()) or not is_own(self)
             )
             for part in parts:
                 needs_parameters |= part.has_stand_ins()

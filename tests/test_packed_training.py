@@ -213,6 +213,24 @@ def test_inference_before_a_penalty(kind: str, compiled: bool, model: NomicMoEMo
         torch.testing.assert_close(one, other)
 
 
+@pytest.mark.parametrize("name", ["embeddings", "layers.0.attn", "layers.3.attn.out_proj"])
+def test_gradients_of_what_a_hook_adds_to_a_frozen_model(name: str, model: NomicMoEModel) -> None:
+    """As adapters that live outside it do."""
+    model.requires_grad_(False)
+    plain = copy.deepcopy(model)
+    plain.packs_matrices = False  # type: ignore[misc]
+    gradients = []
+    for one in (model, plain):
+        added = torch.zeros(96, requires_grad=True)
+        part = one.embeddings if name == "embeddings" else one.encoder.get_submodule(name)
+        part.register_forward_hook(lambda part, inputs, out, added=added: out + added)
+        embed(one)
+        loss_of(one).backward()
+        gradients.append(added.grad)
+    assert gradients[0].any()
+    torch.testing.assert_close(gradients[0], gradients[1])
+
+
 def test_inference_before_an_average(model: NomicMoEModel, checkpoint: dict[str, Tensor]) -> None:
     """By torch's `AveragedModel`, or by hand over lists kept from before."""
     averaged = AveragedModel(model, avg_fn=lambda mean, one, count: 0.5 * mean + 0.5 * one)
