@@ -40,20 +40,15 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def fill(folder: Path, database: Path) -> Any:
-    """Return the table of all shards, which is made where it is not there whole.
-
-    In bounded memory; one that an earlier fill left unfinished is made anew.
-    """
-    rows = read_manifest(folder)["totals"]["rows"]
+    """Return the table of all shards; if it is not there it is made, in bounded memory."""
+    read_manifest(folder)
     connection = lancedb.connect(database)
-    # what an interrupted fill left is no table, and need not open
+    # what an interrupted fill left is a folder, but no table
     with contextlib.suppress(ValueError):
-        table = connection.open_table(TABLE)
-        if table.count_rows() == rows:
-            return table
+        return connection.open_table(TABLE)
     shards = pyarrow.dataset.dataset(sorted(folder.glob("part-*.parquet")), format="parquet")
     reader = pyarrow.RecordBatchReader.from_batches(shards.schema, shards.to_batches())
-    return connection.create_table(TABLE, reader, mode="overwrite")
+    return connection.create_table(TABLE, reader)
 
 
 def search(table: Any, encoder: nomoe.Encoder, query: str, limit: int = 5) -> list[dict[str, Any]]:
