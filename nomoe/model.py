@@ -555,8 +555,12 @@ class NomicMoEModel(nn.Module):
         parts = self._packables()
         if self.packs_matrices and not self.training:
             # what a hook adds may ask for gradients where no parameter does
-            needs_parameters = torch.is_grad_enabled() and (
-                any(one.requires_grad for _, one in super().named_parameters()) or not is_own(self)
+            needs_parameters = torch.is_autocast_enabled("cpu") or (
+                torch.is_grad_enabled()
+                and (
+                    any(one.requires_grad for _, one in super().named_parameters())
+                    or not is_own(self)
+                )
             )
             for part in parts:
                 needs_parameters |= part.has_stand_ins()

@@ -2,12 +2,13 @@
 
 A parameter whose numbers are in such matrices is sealed: it keeps identity, shape and dtype, but no
 memory of its own. Whoever uses it in any way opens it, which gives it its numbers back; the next
-inference lays them out again, unless something of autograd's still holds the parameter.
+inference lays them out again, unless anyone but the module still holds the parameter.
 """
 
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -160,7 +161,6 @@ def _open_all(inputs: Any) -> None:
 def _seal(parameter: nn.Parameter, seal: Seal) -> None:
     nothing = torch.full((), torch.nan, dtype=parameter.dtype, device="cpu")
     parameter.seal = seal  # type: ignore[attr-defined]
-    parameter.__class__ = SealedParameter
     _point(parameter, nothing.expand(parameter.shape))
 
 
@@ -170,19 +170,32 @@ def _point(parameter: nn.Parameter, tensor: Tensor) -> None:
     torch.ops.aten.set_data(parameter, tensor)
 
 
-def _is_held(parameter: nn.Parameter) -> bool:
-    """Whether a graph of autograd's or a view holds a parameter, and with it what it reads."""
-    holders: int
-    if not parameter.requires_grad:
-        # Python's object
-        holders = parameter._use_count() - 1  # type: ignore[attr-defined]
-        return holders > 0
-    with torch.enable_grad():
-        # where gradients are added up, which holds it as well, whether or not it was there before
-        node = parameter.view_as(parameter).grad_fn.next_functions[0][0]  # type: ignore[union-attr]
-    holders = parameter._use_count() - 2  # type: ignore[attr-defined]
-    del node
-    return holders > 0
+def _references(parameters: Mapping[str, nn.Parameter], name: str) -> int:
+    """How many references of Python's there are to a parameter."""
+    return sys.getrefcount(parameters[name])
+
+
+def _references_of_two() -> int:
+    """As many as two dictionaries hold, by this Python's and this torch's way to count."""
+    parameters = {"": nn.Parameter(torch.empty(0, device="cpu"))}
+    module = dict(parameters)
+    references = _references(parameters, "")
+    del module
+    return references
+
+
+_LONE = _references_of_two()
+
+
+def _is_held(parameters: Mapping[str, nn.Parameter], name: str) -> bool:
+    """Whether anyone beside its module holds a parameter, and may be reading what it reads.
+
+    In Python that is whoever has a name for it, an optimizer or a function that it was given to; in
+    C++ a view or a graph of autograd's.
+    """
+    # Python's object is the one holder that C++ counts
+    uses: int = parameters[name]._use_count()  # type: ignore[attr-defined]
+    return uses > 1 or _references(parameters, name) > _LONE
 
 
 class Packable(nn.Module):
@@ -229,29 +242,42 @@ class Packable(nn.Module):
         """Lay the matrices out for `nomoe_kernels.cpu` and free the originals.
 
         What is computed from other parameters (torch's pruning, parametrizations) stays as it is,
-        and so does what a graph holds or other processes share.
+        and so does what anyone else holds or other processes share.
         """
         if self.packed is not None:
             return
         with _by_itself():
-            plain = {}
-            for name, stack in self.stacks.items():
-                parameter = self._parameters.get(name)
-                if type(parameter) is SealedParameter and parameter.seal.stack == stack:
-                    continue
-                if type(parameter) is not nn.Parameter or parameter.is_shared():
+            plain = self._to_seal()
+            try:
+                # from here on whoever comes to one of them waits; who came before still holds it
+                for name in plain:
+                    plain[name].__class__ = SealedParameter
+                if any(_is_held(plain, name) for name in plain):
                     return
-                if _is_held(parameter):
-                    return
-                plain[name] = parameter
-            # whole before any parameter loses its numbers
-            seals = {
-                name: Seal(stack, [cpu.pack_weight(one) for one in stack.views(plain[name].data)])
-                for name, stack in self.stacks.items()
-                if name in plain
-            }
-            for name, parameter in plain.items():
-                _seal(parameter, seals[name])
+                # whole before any parameter loses its numbers
+                seals = {
+                    name: Seal(stack, [cpu.pack_weight(one) for one in stack.views(plain[name])])
+                    for name, stack in self.stacks.items()
+                    if name in plain
+                }
+                for name, seal in seals.items():
+                    _seal(plain.pop(name), seal)
+            finally:
+                for name in plain:
+                    plain[name].__class__ = nn.Parameter
+
+    def _to_seal(self) -> dict[str, nn.Parameter]:
+        """The parameters to be sealed: none where one cannot be."""
+        plain = {}
+        for name, stack in self.stacks.items():
+            parameter = self._parameters.get(name)
+            if type(parameter) is SealedParameter and parameter.seal.stack == stack:
+                continue
+            if type(parameter) is not nn.Parameter or parameter.is_shared():
+                return {}
+            plain[name] = parameter
+        del parameter
+        return {} if any(_references(plain, name) > _LONE for name in plain) else plain
 
     def unpack(self) -> None:
         """Give the parameters their numbers back."""

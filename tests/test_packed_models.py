@@ -73,6 +73,18 @@ def test_a_compiled_forward(by_layer: bool, model: NomicMoEModel) -> None:
     assert not [name for name in compiled_ops if "mkl" in name]
 
 
+def test_autocast_has_its_effect(model: NomicMoEModel) -> None:
+    """It is asked for products in 16 bits, and takes the parameters for them."""
+    plain = copy.deepcopy(model)
+    plain.packs_matrices = False  # type: ignore[misc]
+    exact = embed(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = embed(model)
+        assert torch.equal(ours, embed(plain))
+    assert not torch.allclose(ours, exact, atol=1e-3, rtol=0)
+    assert torch.equal(embed(model), exact)
+
+
 def test_hidden_states_are_not_overwritten(model: NomicMoEModel) -> None:
     """Operations may overwrite what nobody reads again, and only that."""
     ids_T = torch.arange(4, 34)

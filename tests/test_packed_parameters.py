@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils import parametrize, prune
 
 from nomoe import NomicMoEModel, data
+from nomoe.packable import Packable
 from tests.test_cpu_ops import DTYPES, embed, packed
 
 NAME = "encoder.layers.0.attn.Wqkv.weight"
@@ -266,12 +267,11 @@ def saved(one: Tensor) -> Tensor:
 def test_whoever_uses_a_parameter_gets_its_numbers(
     use: Callable[[Tensor], Tensor], model: NomicMoEModel, checkpoint: dict[str, Tensor]
 ) -> None:
-    """Kept from before, taken from a layer, or from a module around the model."""
+    """Past the module, from it, or from a module around the model."""
     around = nn.Sequential(model)
     layer = model.encoder.layers[0].attn.Wqkv
-    kept = list(model.parameters())
     for ask in (
-        lambda: next(one for one in kept if one is layer._parameters["weight"]),
+        lambda: layer._parameters["weight"],
         lambda: layer.weight,
         lambda: dict(layer.named_parameters())["weight"],
         lambda: dict(around.named_parameters())["0." + NAME],
@@ -306,18 +306,56 @@ def test_a_layers_attribute_is_open(model: NomicMoEModel, checkpoint: dict[str, 
             assert use(ask()).equal(checkpoint[NAME])  # type: ignore[operator]
 
 
+HOLDERS: dict[str, Callable[[NomicMoEModel], Any]] = {
+    "all": lambda model: list(model.parameters()),
+    "one": lambda model: model.encoder.layers[1].attn.Wqkv.weight,
+    "an optimizer": lambda model: torch.optim.AdamW(model.parameters()),
+    "a view": lambda model: model.encoder.layers[1].attn.Wqkv.weight[:10],
+    "a view of a frozen one": lambda model: frozen(model).encoder.layers[1].mlp.experts.mlp.w2.T,
+    "a graph": lambda model: model.encoder.layers[1].attn.out_proj.weight.square().sum(),
+    "another module": lambda model: shared(model, nn.Linear(96, 288)),
+}
+
+
+def frozen(model: NomicMoEModel) -> NomicMoEModel:
+    return model.requires_grad_(False)
+
+
+def shared(model: NomicMoEModel, other: nn.Linear) -> nn.Linear:
+    other.weight = model.encoder.layers[1].attn.Wqkv.weight
+    return other
+
+
+@pytest.mark.parametrize("hold", HOLDERS.values(), ids=list(HOLDERS))
+def test_what_anyone_holds_stays_as_it_is(
+    hold: Callable[[NomicMoEModel], Any], model: NomicMoEModel
+) -> None:
+    before = embed(model)
+    held = hold(model)
+    torch.testing.assert_close(embed(model), before, atol=1e-5, rtol=0)
+    parts = [part for part in model.modules() if isinstance(part, Packable) and not part.packed]
+    assert parts
+    with torch._C.DisableTorchFunctionSubclass():
+        for part in parts:
+            assert all(one.isfinite().all() for one in part._parameters.values())
+    del held
+    assert torch.equal(embed(model), before)
+    assert packed(model)
+
+
 def test_nothing_around_spoils_the_numbers(model: NomicMoEModel) -> None:
     before = embed(model)
-    weight = model.encoder.layers[0].attn.Wqkv._parameters["weight"]
+    parameters = model.encoder.layers[0].attn.Wqkv._parameters
     with FakeTensorMode(allow_non_fake_inputs=True):
-        weight + 1
+        parameters["weight"] + 1
     assert torch.equal(embed(model), before)
     with FakeTensorMode(allow_non_fake_inputs=True):
         copy.deepcopy(model)
     assert torch.equal(embed(model), before)
     with torch.device("meta"), torch.inference_mode():
-        weight.sum()
+        parameters["weight"].sum()
     assert torch.equal(embed(model), before)
+    assert packed(model)
 
 
 def test_shared_memory_stays_shared(model: NomicMoEModel) -> None:

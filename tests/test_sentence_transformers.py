@@ -8,11 +8,13 @@ import pickle
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import sentence_transformers
 import torch
+from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 from torch.optim.swa_utils import AveragedModel
 
@@ -64,8 +66,6 @@ def test_options(tiny_folder: Path) -> None:
     assert model.max_seq_length == 9
     assert model[0].auto_model.dtype == torch.bfloat16
     encoder = Encoder.from_pretrained(tiny_folder, device="cpu", dtype="bfloat16", **options)
-    # the same products, of the same rows: in 16 bits others send a text near a tie elsewhere
-    encoder.model.packs_matrices = False  # type: ignore[misc]
     for text in TEXTS:
         expected = encoder.encode_query(text, normalize_embeddings=False)
         assert expected.shape == (24,)
@@ -213,3 +213,47 @@ def test_bare_class_with_and_without_register(
     caplog.set_level(logging.WARNING, logger="nomoe")
     nomoe.check(model)
     assert "encode_document of this SentenceTransformer adds no prefix" in caplog.text
+
+
+def test_embedding_lays_matrices_out(tiny_folder: Path, tmp_path: Path) -> None:
+    """And whoever reads, trains, saves or sends the parameters afterwards has their numbers."""
+    model = nomoe.sentence_transformer(tiny_folder, device="cpu")
+    checkpoint = load_file(tiny_folder / "model.safetensors")
+    inner = model[0].auto_model
+    layer = inner.encoder.layers[1].mlp.experts.mlp
+
+    def embedded() -> Any:
+        vectors = model.encode_query(TEXTS)
+        assert layer.packed is not None
+        return vectors
+
+    before = embedded()
+    kept = dict(model.named_parameters())
+    prefix = next(iter(kept)).removesuffix("embeddings.word_embeddings.weight")
+    for name, one in checkpoint.items():
+        assert kept[prefix + name].equal(one), name
+    # who holds them may write into them
+    model.encode_query(TEXTS)
+    with torch.no_grad():
+        kept[prefix + "encoder.layers.1.mlp.experts.mlp.w1"].mul_(2)
+    del kept, one
+    assert not np.array_equal(embedded(), before)
+    # as accelerate puts a tensor in its place
+    old = layer._parameters["w1"]
+    layer._parameters["w1"] = type(old)(0.5 * old, requires_grad=True)
+    assert np.array_equal(embedded(), before)
+    model.save(str(tmp_path / "saved"))
+    for name, one in load_file(tmp_path / "saved" / "model.safetensors").items():
+        assert one.equal(checkpoint[name]), name
+    embedded()
+    assert np.array_equal(pickle.loads(pickle.dumps(model)).encode_query(TEXTS), before)
+    embedded()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    features = model.preprocess(TEXTS)
+    model(features)["sentence_embedding"].pow(3).sum().backward()
+    model.encode_query(TEXTS)
+    optimizer.step()
+    assert not layer.w1.equal(checkpoint["encoder.layers.1.mlp.experts.mlp.w1"])
+    assert all(one.isfinite().all() for one in model.parameters())
+    del optimizer, features
+    assert not np.array_equal(embedded(), before)

@@ -76,9 +76,8 @@ def hidden(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
 
 
 def plain_model(folder: Path, dtype: torch.dtype = torch.float32) -> NomicMoEModel:
-    """The class of nomoe itself, on the products that transformers models run."""
+    """The class of nomoe itself."""
     model = NomicMoEModel.from_pretrained(folder, device="cpu", dtype=dtype)
-    model.packs_matrices = False  # type: ignore[misc]
     return model
 
 

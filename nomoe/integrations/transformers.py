@@ -155,8 +155,6 @@ class HFNomicMoEModel(NomicMoEModel, PreTrainedModel):
 
     config_class = HFNomicMoEConfig
     main_input_name = "input_ids"
-    # others read the parameters of a transformers model at any time, and not by way of its class
-    packs_matrices = False
     # torch's scaled_dot_product_attention runs on the torch backend, kernels of ours on triton
     _supports_sdpa = True
 

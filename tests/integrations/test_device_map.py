@@ -30,8 +30,6 @@ def registered() -> Iterator[None]:
 def test_same_bits(device_map: Any, dtype: str, tiny_folder: Path) -> None:
     model = AutoModel.from_pretrained(tiny_folder, device_map=device_map, dtype=dtype)
     ours = NomicMoEModel.from_pretrained(tiny_folder, device="cpu", dtype=dtype)
-    # transformers models run plain products
-    ours.packs_matrices = False
     assert not list(model.buffers())
     expected = ours(IDS, MASK, output_hidden_states=True).hidden_states
     found = model(IDS, MASK, output_hidden_states=True).hidden_states
