@@ -198,7 +198,7 @@ def in_turn(runs: list[Callable[[], Tensor]]) -> Tensor:
 def model_of(config: NomicMoEConfig, state: dict[str, Tensor]) -> NomicMoEModel:
     """A model that holds these tensors, ready for inference."""
     with torch.device("meta"):
-        model = NomicMoEModel(config, device="cpu")
+        model = NomicMoEModel(config)
     # copies: a model frees what it packs, and others use the same tensors
     model.load_state_dict({name: one.clone() for name, one in state.items()}, assign=True)
     return model.eval()

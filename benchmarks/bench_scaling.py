@@ -97,7 +97,7 @@ def build_case(point: Point, dtype: str, device: torch.device) -> tuple[Case, fl
     exact = workload.draw_model(config, some, SEED, point.unevenness).to(device)
     oracle = peers.PaddedLoop(config, exact.state_dict())
     with torch.device("meta"):
-        model = NomicMoEModel(config, device=device)
+        model = NomicMoEModel(config)
     state = {name: one.to(DTYPES[dtype]) for name, one in exact.state_dict().items()}
     # a copy: a model frees what it packs
     model.load_state_dict({name: one.clone() for name, one in state.items()}, assign=True)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from . import opaque
 from .arguments import resolve_device, resolve_dtype
 from .backends import (
+    Backend,
     BackendName,
     Ops,
     TableOps,
@@ -151,13 +152,13 @@ class NomicMoEModel(nn.Module):
     """The encoder of nomic-embed-text-v2-moe: token ids in, hidden states out.
 
     `state_dict` has the checkpoint's own keys and shapes. Built from a config the weights are
-    random; `from_pretrained` loads them.
+    random, on torch's default device; `from_pretrained` loads them. The kernels follow the weights
+    to where they are moved or loaded.
 
     Args:
         config: Sizes and settings.
         backend: "auto", "torch" or "triton".
         batch_invariant: Ask for results whose bits do not depend on the batch (triton only).
-        device: Where the model will run; chooses the backend.
 
     Raises:
         RuntimeError: The backend cannot run on this machine.
@@ -172,23 +173,18 @@ class NomicMoEModel(nn.Module):
         *,
         backend: BackendName = "auto",
         batch_invariant: bool = False,
-        device: str | torch.device | None = None,
     ) -> None:
         # by name, since a class that has another base beside this one has set that up before
         nn.Module.__init__(self)
         self.config = config
         self._backend_asked = backend
         self._batch_invariant = batch_invariant
-        self.backend = select_backend(
-            backend,
-            torch.device(device or "cpu"),
-            config=config,
-            batch_invariant=batch_invariant,
-        )
         self.embeddings = Embeddings(config)
         self.emb_ln = LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.encoder = Layers(config)
         self._number = opaque.register(self)
+        self.choose_backend()
+        self.register_load_state_dict_post_hook(_choose_backend)  # type: ignore[no-untyped-call]
         self.reset_parameters()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -257,7 +253,7 @@ class NomicMoEModel(nn.Module):
         )
         config = NomicMoEConfig.from_json(folder / CONFIG_FILE)
         with torch.device("meta"):
-            model = cls(config, backend=backend, batch_invariant=batch_invariant, device=device)
+            model = cls(config, backend=backend, batch_invariant=batch_invariant)
         shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         # what checks values runs on the CPU
         use_threads()
@@ -282,19 +278,29 @@ class NomicMoEModel(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NomicMoEModel:
         """Every move and cast of a module comes through here: the kernels follow the device."""
         # what becomes of an empty tensor tells where the weights will be, before they move
-        probe = fn(self.emb_ln.weight.new_empty(0))
-        backend = self.backend
-        if probe.device.type != "meta":
-            backend = select_backend(
-                self._backend_asked,
-                probe.device,
-                dtype=probe.dtype,
-                config=self.config,
-                batch_invariant=self._batch_invariant,
-            )
+        backend = self._backend_for(fn(self.emb_ln.weight.new_empty(0)))
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.backend = backend
         return self
+
+    def choose_backend(self) -> None:
+        """Take the kernels for where the weights are; moves, casts and loading do so themselves.
+
+        Raises:
+            RuntimeError: The backend that was asked for cannot run there.
+        """
+        self.backend = self._backend_for(self.emb_ln.weight)
+
+    def _backend_for(self, weight: Tensor) -> Backend:
+        if weight.is_meta:
+            return Backend("torch", "its weights are on no device yet")
+        return select_backend(
+            self._backend_asked,
+            weight.device,
+            dtype=weight.dtype,
+            config=self.config,
+            batch_invariant=self._batch_invariant,
+        )
 
     def _packables(self) -> list[Packable]:
         return [part for part in self.encoder.modules() if isinstance(part, Packable)]
@@ -617,6 +623,11 @@ class NomicMoEModel(nn.Module):
             router_weights=tuple(weights for weights, _ in routings) if output_routing else None,
             router_experts=tuple(experts for _, experts in routings) if output_routing else None,
         )
+
+
+def _choose_backend(model: NomicMoEModel, incompatible_keys: object) -> None:
+    """What a model does once tensors were loaded, which may be elsewhere than those before."""
+    model.choose_backend()
 
 
 # the compiler has no pinned memory

@@ -123,7 +123,7 @@ def _on(
     model: NomicMoEModel, device: torch.device, dtype: torch.dtype, backend: BackendName
 ) -> NomicMoEModel:
     with torch.device("meta"):
-        moved = NomicMoEModel(model.config, backend=backend, device=device)
+        moved = NomicMoEModel(model.config, backend=backend)
     state = {name: one.to(device, dtype) for name, one in model.state_dict().items()}
     moved.load_state_dict(state, assign=True)
     return moved.eval()

@@ -42,9 +42,10 @@ def build(backend: Any, request: pytest.FixtureRequest) -> NomicMoEModel:
         folder = request.getfixturevalue("shallow_folder")
         return NomicMoEModel.from_pretrained(folder, device="cpu", backend=backend)
     full_width = request.getfixturevalue("full_width")
-    model = NomicMoEModel(full_width.config, device="cuda", backend=backend)
+    with torch.device("cuda"):
+        model = NomicMoEModel(full_width.config, backend=backend)
     model.load_state_dict(full_width.state_dict())
-    return model.eval().to("cuda")
+    return model.eval()
 
 
 @pytest.fixture(scope="module")

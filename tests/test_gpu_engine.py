@@ -347,9 +347,10 @@ def test_forward_packed_compiled_by_inductor(model: NomicMoEModel) -> None:
 
 @pytest.fixture(scope="module", params=[torch.float16, torch.bfloat16, torch.float32], ids=str)
 def invariant_model(request: pytest.FixtureRequest, full_width: NomicMoEModel) -> NomicMoEModel:
-    model = NomicMoEModel(full_width.config, backend="triton", batch_invariant=True, device="cuda")
+    with torch.device("cuda"):
+        model = NomicMoEModel(full_width.config, backend="triton", batch_invariant=True)
     model.load_state_dict(full_width.state_dict())
-    return model.eval().to("cuda", request.param)
+    return model.eval().to(request.param)
 
 
 @torch.no_grad()

@@ -352,6 +352,21 @@ def test_backends(monkeypatch: pytest.MonkeyPatch) -> None:
         select_backend("triton", cuda)
 
 
+def test_kernels_follow_loaded_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through a module around the model too."""
+    monkeypatch.setattr(checks, "INTERPRETED", True)
+    state = NomicMoEModel.from_pretrained(data.TINY, device="cpu").state_dict()
+    config = NomicMoEConfig.from_json(data.TINY / "config.json")
+    with torch.device("meta"):
+        model = NomicMoEModel(config, backend="triton")
+    assert model.backend == Backend("torch", "its weights are on no device yet")
+    around = torch.nn.Sequential(model)
+    around.load_state_dict({"0." + name: one for name, one in state.items()}, assign=True)
+    assert model.backend == Backend("triton", "asked for")
+    with pytest.raises(RuntimeError, match="bfloat16 wrongly"):
+        model.load_state_dict({name: one.bfloat16() for name, one in state.items()}, assign=True)
+
+
 @pytest.mark.parametrize(
     ("changes", "dtype", "reason"),
     [

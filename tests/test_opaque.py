@@ -26,7 +26,8 @@ pytestmark = [pytest.mark.gpu] if CUDA else []
 def small_model(backend: BackendName = "triton") -> NomicMoEModel:
     torch.manual_seed(0)
     config = config_of(n_layer=2, n_embd=32, n_inner=32, n_head=2)
-    model = NomicMoEModel(config, backend=backend, device=DEVICE).to(DEVICE)
+    with torch.device(DEVICE):
+        model = NomicMoEModel(config, backend=backend)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return model.eval()

@@ -20,7 +20,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from .. import data
-from ..backends import BackendName, select_backend
+from ..backends import BackendName
 from ..checkpoint import is_finite
 from ..config import NomicMoEConfig
 from ..model import NomicMoEModel
@@ -207,10 +207,7 @@ class HFNomicMoEModel(NomicMoEModel, PreTrainedModel):
             )
         # a device map of one device moves nothing, it loads there
         _check_device_map(getattr(model, "hf_device_map", None))
-        if model.device.type != "meta":
-            model.backend = select_backend(
-                model._backend_asked, model.device, dtype=model.dtype, config=model.config
-            )
+        model.choose_backend()
         return (model, info) if wants_info else model
 
     def forward(  # type: ignore[override]
