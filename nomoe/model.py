@@ -557,27 +557,27 @@ class NomicMoEModel(nn.Module):
         """Have the weights as the forward that follows wants them, and give its kernels."""
         if self.backend.name != "torch" or self.device.type != "cpu":
             return self.backend.ops
-        ops = None
         parts = self._packables()
-        if self.packs_matrices and not self.training:
-            # what a hook adds may ask for gradients where no parameter does
-            needs_parameters = torch.is_autocast_enabled("cpu") or (
-                torch.is_grad_enabled()
-                and (
-                    any(one.requires_grad for _, one in super().named_parameters())
-                    or not is_own(self)
-                )
-            )
-            for part in parts:
-                needs_parameters |= part.has_stand_ins()
-            ops = None if needs_parameters else cpu_ops(self.dtype)
+        # whoever looks at a parameter holds it, and another thread could not lay it out meanwhile
         with LAYING_OUT:
+            ops = None if self._needs_parameters(parts) else cpu_ops(self.dtype)
             for part in parts:
                 if ops is None:
                     part.unpack()
                 else:
                     part.pack()
         return ops or self.backend.ops
+
+    def _needs_parameters(self, parts: list[Packable]) -> bool:
+        if self.training or not self.packs_matrices or torch.is_autocast_enabled("cpu"):
+            return True
+        # all of them: what stands in for a parameter is seen to
+        if any([part.has_stand_ins() for part in parts]):
+            return True
+        # what a hook adds may ask for gradients where no parameter does
+        return torch.is_grad_enabled() and (
+            any(one.requires_grad for _, one in super().named_parameters()) or not is_own(self)
+        )
 
     @compiled_if_plain
     def _encode(

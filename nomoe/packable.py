@@ -83,7 +83,8 @@ class SealedParameter(nn.Parameter):
     passes torch's functions by, as C++ does, reads NaN.
     """
 
-    seal: Seal
+    # none while its numbers are being laid out
+    seal: Seal | None = None
 
     def __new__(cls, *arguments: Any, **options: Any) -> nn.Parameter:  # type: ignore[misc]
         """Make one of torch's, for those who make another of a parameter's type."""
@@ -138,13 +139,15 @@ def opened(parameter: nn.Parameter) -> nn.Parameter:
         with _by_itself():
             # another thread may have been faster
             if type(parameter) is SealedParameter:
-                stack, matrices = parameter.seal
-                dense = torch.empty(parameter.shape, dtype=parameter.dtype, device="cpu")
-                for view, matrix in zip(stack.views(dense), matrices, strict=True):
-                    view.copy_(matrix.unpack())
-                _point(parameter, dense)
+                # without one this thread is laying it out, and a signal's handler, say, asks for it
+                if parameter.seal is not None:
+                    stack, matrices = parameter.seal
+                    dense = torch.empty(parameter.shape, dtype=parameter.dtype, device="cpu")
+                    for view, matrix in zip(stack.views(dense), matrices, strict=True):
+                        view.copy_(matrix.unpack())
+                    _point(parameter, dense)
                 parameter.__class__ = nn.Parameter  # type: ignore[assignment]
-                del parameter.seal
+                vars(parameter).pop("seal", None)
     return parameter
 
 
@@ -158,7 +161,15 @@ def _open_all(inputs: Any) -> None:
             _open_all(one)
 
 
+def _seal_of(parameter: nn.Parameter | None, stack: Stack) -> Seal | None:
+    """A parameter's seal, if its numbers are laid out in such a way."""
+    if type(parameter) is not SealedParameter or parameter.seal is None:
+        return None
+    return parameter.seal if parameter.seal.stack == stack else None
+
+
 def _seal(parameter: nn.Parameter, seal: Seal) -> None:
+    """Free a parameter's memory; it is sealed as soon as it has its seal."""
     nothing = torch.full((), torch.nan, dtype=parameter.dtype, device="cpu")
     parameter.seal = seal  # type: ignore[attr-defined]
     _point(parameter, nothing.expand(parameter.shape))
@@ -170,32 +181,32 @@ def _point(parameter: nn.Parameter, tensor: Tensor) -> None:
     torch.ops.aten.set_data(parameter, tensor)
 
 
-def _references(parameters: Mapping[str, nn.Parameter], name: str) -> int:
-    """How many references of Python's there are to a parameter."""
-    return sys.getrefcount(parameters[name])
+def _holders(parameters: Mapping[str, nn.Parameter], name: str) -> tuple[int, int]:
+    """How many hold a parameter, and how many its memory."""
+    memory = parameters[name].untyped_storage()
+    return sys.getrefcount(parameters[name]), torch._C._storage_Use_Count(memory._cdata)
 
 
-def _references_of_two() -> int:
-    """As many as two dictionaries hold, by this Python's and this torch's way to count."""
-    parameters = {"": nn.Parameter(torch.empty(0, device="cpu"))}
+def _holders_of_a_lone_one() -> tuple[int, int]:
+    """Two dictionaries and its tensor, by this Python's and this torch's ways to count."""
+    parameters = {"": nn.Parameter(torch.empty(1, device="cpu"))}
     module = dict(parameters)
-    references = _references(parameters, "")
+    holders = _holders(parameters, "")
     del module
-    return references
+    return holders
 
 
-_LONE = _references_of_two()
+_LONE = _holders_of_a_lone_one()
 
 
 def _is_held(parameters: Mapping[str, nn.Parameter], name: str) -> bool:
-    """Whether anyone beside its module holds a parameter, and may be reading what it reads.
+    """Whether anyone beside its module holds a parameter, and may read or write what it reads.
 
-    In Python that is whoever has a name for it, an optimizer or a function that it was given to; in
-    C++ a view or a graph of autograd's.
+    That is whoever has a name for it, an optimizer, a function that it was given to, or a graph of
+    autograd's; of its memory a view, a detached tensor, or an array of numpy's.
     """
-    # Python's object is the one holder that C++ counts
-    uses: int = parameters[name]._use_count()  # type: ignore[attr-defined]
-    return uses > 1 or _references(parameters, name) > _LONE
+    found = _holders(parameters, name)
+    return any(holders > most for holders, most in zip(found, _LONE, strict=True))
 
 
 class Packable(nn.Module):
@@ -211,9 +222,10 @@ class Packable(nn.Module):
         with LAYING_OUT:
             for name, stack in self.stacks.items():
                 parameter = self._parameters.get(name)
-                if type(parameter) is not SealedParameter or parameter.seal.stack != stack:
+                seal = _seal_of(parameter, stack)
+                if seal is None:
                     return None
-                packed[name] = parameter.seal.matrices
+                packed[name] = seal.matrices
         return packed
 
     def __getattr__(self, name: str) -> Any:
@@ -255,29 +267,32 @@ class Packable(nn.Module):
                 if any(_is_held(plain, name) for name in plain):
                     return
                 # whole before any parameter loses its numbers
-                seals = {
-                    name: Seal(stack, [cpu.pack_weight(one) for one in stack.views(plain[name])])
-                    for name, stack in self.stacks.items()
-                    if name in plain
-                }
+                seals = {}
+                for name in plain:
+                    stack = self.stacks[name]
+                    matrices = [cpu.pack_weight(one) for one in stack.views(plain[name].data)]
+                    seals[name] = Seal(stack, matrices)
                 for name, seal in seals.items():
-                    _seal(plain.pop(name), seal)
+                    # but where a handler of a signal, say, has asked for it meanwhile
+                    if type(plain[name]) is SealedParameter:
+                        _seal(plain[name], seal)
             finally:
                 for name in plain:
-                    plain[name].__class__ = nn.Parameter
+                    if vars(plain[name]).get("seal") is None:
+                        plain[name].__class__ = nn.Parameter
 
     def _to_seal(self) -> dict[str, nn.Parameter]:
         """The parameters to be sealed: none where one cannot be."""
         plain = {}
         for name, stack in self.stacks.items():
             parameter = self._parameters.get(name)
-            if type(parameter) is SealedParameter and parameter.seal.stack == stack:
+            if _seal_of(parameter, stack) is not None:
                 continue
             if type(parameter) is not nn.Parameter or parameter.is_shared():
                 return {}
             plain[name] = parameter
         del parameter
-        return {} if any(_references(plain, name) > _LONE for name in plain) else plain
+        return {} if any(_is_held(plain, name) for name in plain) else plain
 
     def unpack(self) -> None:
         """Give the parameters their numbers back."""
@@ -315,10 +330,11 @@ class Packable(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # SentenceTransformer moves its model to where it is, in every call
-        if self.packed and all(
-            _leaves_as_is(fn, one) for one in self._parameters.values() if one is not None
-        ):
-            return self
+        with LAYING_OUT:
+            if self.packed and all(
+                _leaves_as_is(fn, one) for one in self._parameters.values() if one is not None
+            ):
+                return self
         self.unpack()
         return super()._apply(fn, recurse)  # type: ignore[no-any-return, no-untyped-call]
 

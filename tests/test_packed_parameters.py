@@ -157,7 +157,7 @@ def test_new_weights_count(model: NomicMoEModel, checkpoint: dict[str, Tensor]) 
     for assign in (False, True):
         again = copy.deepcopy(model)
         embed(again)
-        again.load_state_dict(other, assign=assign)
+        again.load_state_dict({name: one.clone() for name, one in other.items()}, assign=assign)
         assert torch.equal(embed(again), expected)
     for name, tensor in other.items():
         model.get_parameter(name).data = tensor.clone()
@@ -223,7 +223,8 @@ def test_a_parameter_outlives_its_module(
 
 def test_what_is_replaced_is_freed(model: NomicMoEModel, checkpoint: dict[str, Tensor]) -> None:
     old = weakref.ref(model.encoder.layers[0].attn.Wqkv.packed["weight"][0].packed)  # type: ignore[index]
-    model.load_state_dict(checkpoint, assign=True)
+    # not the fixture itself, in which torch would note that it is to be assigned from then on
+    model.load_state_dict(dict(checkpoint), assign=True)
     assert old() is None
 
 
@@ -313,6 +314,10 @@ HOLDERS: dict[str, Callable[[NomicMoEModel], Any]] = {
     "a view": lambda model: model.encoder.layers[1].attn.Wqkv.weight[:10],
     "a view of a frozen one": lambda model: frozen(model).encoder.layers[1].mlp.experts.mlp.w2.T,
     "a graph": lambda model: model.encoder.layers[1].attn.out_proj.weight.square().sum(),
+    "data": lambda model: model.encoder.layers[1].attn.Wqkv.weight.data,
+    "a detached view": lambda model: model.encoder.layers[1].mlp.experts.mlp.w2.detach()[3],
+    "an array": lambda model: model.encoder.layers[1].attn.Wqkv.weight.detach().numpy(),
+    "a state": lambda model: model.state_dict(),
     "another module": lambda model: shared(model, nn.Linear(96, 288)),
 }
 
@@ -354,6 +359,19 @@ def test_nothing_around_spoils_the_numbers(model: NomicMoEModel) -> None:
     assert torch.equal(embed(model), before)
     with torch.device("meta"), torch.inference_mode():
         parameters["weight"].sum()
+    assert torch.equal(embed(model), before)
+    assert packed(model)
+
+
+def test_a_model_loaded_in_inference_mode(checkpoint: dict[str, Tensor]) -> None:
+    """Whose parameters have no count of versions."""
+    with torch.inference_mode():
+        model = NomicMoEModel.from_pretrained(data.TINY, device="cpu")
+        before = embed(model)
+        assert packed(model)
+        assert same(model.state_dict(), checkpoint)
+        assert torch.equal(embed(model), before)
+    assert same(model.state_dict(), checkpoint)
     assert torch.equal(embed(model), before)
     assert packed(model)
 

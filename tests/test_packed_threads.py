@@ -1,25 +1,27 @@
-"""Threads and forks of a process that share a packed model."""
+"""Threads, forks and handlers of signals that share a packed model."""
 
 from __future__ import annotations
 
 import copy
 import multiprocessing
 import os
+import pkgutil
 import subprocess
 import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nomoe import NomicMoEModel
-from nomoe.packable import LAYING_OUT
+from nomoe.packable import LAYING_OUT, Packable
 from nomoe_kernels import cpu
-from tests.test_cpu_ops import DTYPES, embed
+from tests.test_cpu_ops import DTYPES, embed, packed
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.skipif(not DTYPES, reason="torch has no oneDNN here")
@@ -30,7 +32,9 @@ def model(packed_model: NomicMoEModel) -> NomicMoEModel:
     return packed_model
 
 
-@pytest.mark.parametrize("way", ["layer.weight", "layer._parameters['weight']", "kept"])
+@pytest.mark.parametrize(
+    "way", ["layer.weight", "layer.weight.data", "layer._parameters['weight']", "kept"]
+)
 def test_a_thread_may_write_while_another_embeds(way: str, library: str) -> None:
     """All that it writes stays, no memory is freed under it, and nobody waits for ever.
 
@@ -65,6 +69,100 @@ def test_a_thread_may_write_while_another_embeds(way: str, library: str) -> None
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60, capture_output=True)
     assert done.returncode == 0, done.stderr.decode()
+
+
+@pytest.mark.parametrize(
+    "where", ["encoder.layers.0.attn.Wqkv", "encoder.layers.1.mlp.experts.mlp"]
+)
+def test_whoever_comes_while_a_layer_is_packed_keeps_it(
+    where: str, model: NomicMoEModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another thread, between a first look at who holds the parameters and the last."""
+    before = embed(model)
+    model.train().eval()
+    layer = model.get_submodule(where)
+    looked = Packable._to_seal
+    kept = []
+
+    def look(part: Packable) -> dict[str, nn.Parameter]:
+        found = looked(part)
+        if part is layer:
+            kept.append(part._parameters[next(iter(part.stacks))])
+        return found
+
+    monkeypatch.setattr(Packable, "_to_seal", look)
+    torch.testing.assert_close(embed(model), before, atol=1e-5, rtol=0)
+    assert layer.packed is None
+    with torch.no_grad():
+        kept[0].mul_(2)
+    after = embed(model)
+    assert not torch.allclose(after, before, atol=1e-3)
+    monkeypatch.undo()
+    kept.clear()
+    torch.testing.assert_close(embed(model), after, atol=1e-5, rtol=0)
+    assert layer.packed is not None
+
+
+@pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt])
+@pytest.mark.parametrize("function", ["nomoe_kernels.cpu.pack_weight", "torch.full"])
+def test_what_breaks_packing_off_leaves_the_weights(
+    function: str,
+    error: type[BaseException],
+    model: NomicMoEModel,
+    checkpoint: dict[str, Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    before = embed(model)
+    model.train().eval()
+    function_itself = pkgutil.resolve_name(function)
+    calls = iter(range(1000))
+
+    def broken(*arguments: Any, **options: Any) -> Any:
+        # in the second of a layer's two parameters
+        if next(calls) == (14 if "pack_weight" in function else 7):
+            raise error
+        return function_itself(*arguments, **options)
+
+    monkeypatch.setattr(function, broken)
+    with pytest.raises(error):
+        embed(model)
+    monkeypatch.undo()
+    for part in model.modules():
+        for raw in part._parameters.values():
+            assert type(raw) is nn.Parameter or raw is None or raw.seal
+    for name, one in model.state_dict().items():
+        assert one.equal(checkpoint[name]), name
+    assert torch.equal(embed(model), before)
+    assert packed(model)
+
+
+@pytest.mark.parametrize("asks", ["for a state", "for vectors"])
+def test_a_handler_may_ask_while_its_thread_packs(
+    asks: str,
+    model: NomicMoEModel,
+    checkpoint: dict[str, Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One of a signal that saves the model, say, or of the garbage collector."""
+    before = embed(model)
+    model.train().eval()
+    pack_weight = cpu.pack_weight
+    calls = iter(range(1000))
+
+    def interrupted(weight_OI: Tensor) -> Any:
+        if next(calls) == 14:
+            if asks == "for a state":
+                for name, one in model.state_dict().items():
+                    assert one.equal(checkpoint[name]), name
+            else:
+                torch.testing.assert_close(embed(model), before, atol=1e-5, rtol=0)
+        return pack_weight(weight_OI)
+
+    monkeypatch.setattr(cpu, "pack_weight", interrupted)
+    torch.testing.assert_close(embed(model), before, atol=1e-5, rtol=0)
+    assert next(calls) > 15
+    assert torch.equal(embed(model), before)
+    assert packed(model)
 
 
 @pytest.mark.parametrize("again", [False, True])
