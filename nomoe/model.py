@@ -189,8 +189,9 @@ class NomicMoEModel(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        # a copy is another model
+        # a copy is another model, and may be loaded elsewhere
         self._number = opaque.register(self)
+        self.choose_backend()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         # a forward in another thread must not lay out what is being copied
@@ -252,6 +253,8 @@ class NomicMoEModel(nn.Module):
             local_files_only=local_files_only,
         )
         config = NomicMoEConfig.from_json(folder / CONFIG_FILE)
+        # before any weight is read
+        select_backend(backend, device, dtype=dtype, config=config, batch_invariant=batch_invariant)
         with torch.device("meta"):
             model = cls(config, backend=backend, batch_invariant=batch_invariant)
         shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}

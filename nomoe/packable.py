@@ -140,14 +140,16 @@ def opened(parameter: nn.Parameter) -> nn.Parameter:
             # another thread may have been faster
             if type(parameter) is SealedParameter:
                 # without one this thread is laying it out, and a signal's handler, say, asks for it
-                if parameter.seal is not None:
-                    stack, matrices = parameter.seal
+                if (seal := parameter.seal) is not None:
+                    stack, matrices = seal
                     dense = torch.empty(parameter.shape, dtype=parameter.dtype, device="cpu")
                     for view, matrix in zip(stack.views(dense), matrices, strict=True):
                         view.copy_(matrix.unpack())
-                    _point(parameter, dense)
-                parameter.__class__ = nn.Parameter  # type: ignore[assignment]
+                    # or such a handler was faster
+                    if parameter.seal is seal:
+                        _point(parameter, dense)
                 vars(parameter).pop("seal", None)
+                parameter.__class__ = nn.Parameter  # type: ignore[assignment]
     return parameter
 
 
@@ -173,6 +175,9 @@ def _seal(parameter: nn.Parameter, seal: Seal) -> None:
     nothing = torch.full((), torch.nan, dtype=parameter.dtype, device="cpu")
     parameter.seal = seal  # type: ignore[attr-defined]
     _point(parameter, nothing.expand(parameter.shape))
+    # a handler of a signal may have opened it in between
+    parameter.seal = seal  # type: ignore[attr-defined]
+    parameter.__class__ = SealedParameter
 
 
 def _point(parameter: nn.Parameter, tensor: Tensor) -> None:
@@ -181,13 +186,17 @@ def _point(parameter: nn.Parameter, tensor: Tensor) -> None:
     torch.ops.aten.set_data(parameter, tensor)
 
 
-def _holders(parameters: Mapping[str, nn.Parameter], name: str) -> tuple[int, int]:
-    """How many hold a parameter, and how many its memory."""
+def _holders(parameters: Mapping[str, nn.Parameter], name: str) -> tuple[int, int, int]:
+    """How many hold a parameter, its memory, and Python's object for that memory."""
     memory = parameters[name].untyped_storage()
-    return sys.getrefcount(parameters[name]), torch._C._storage_Use_Count(memory._cdata)
+    return (
+        sys.getrefcount(parameters[name]),
+        torch._C._storage_Use_Count(memory._cdata),
+        sys.getrefcount(memory),
+    )
 
 
-def _holders_of_a_lone_one() -> tuple[int, int]:
+def _holders_of_a_lone_one() -> tuple[int, int, int]:
     """Two dictionaries and its tensor, by this Python's and this torch's ways to count."""
     parameters = {"": nn.Parameter(torch.empty(1, device="cpu"))}
     module = dict(parameters)

@@ -317,6 +317,7 @@ HOLDERS: dict[str, Callable[[NomicMoEModel], Any]] = {
     "data": lambda model: model.encoder.layers[1].attn.Wqkv.weight.data,
     "a detached view": lambda model: model.encoder.layers[1].mlp.experts.mlp.w2.detach()[3],
     "an array": lambda model: model.encoder.layers[1].attn.Wqkv.weight.detach().numpy(),
+    "a storage": lambda model: model.encoder.layers[1].attn.Wqkv.weight.untyped_storage(),
     "a state": lambda model: model.state_dict(),
     "another module": lambda model: shared(model, nn.Linear(96, 288)),
 }

@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nomoe import NomicMoEModel
+from nomoe import NomicMoEModel, packable
 from nomoe.packable import LAYING_OUT, Packable
 from nomoe_kernels import cpu
 from tests.test_cpu_ops import DTYPES, embed, packed
@@ -161,6 +161,37 @@ def test_a_handler_may_ask_while_its_thread_packs(
     monkeypatch.setattr(cpu, "pack_weight", interrupted)
     torch.testing.assert_close(embed(model), before, atol=1e-5, rtol=0)
     assert next(calls) > 15
+    assert torch.equal(embed(model), before)
+    assert packed(model)
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_handler_may_ask_while_memory_is_freed(
+    late: bool,
+    model: NomicMoEModel,
+    checkpoint: dict[str, Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    before = embed(model)
+    model.train().eval()
+    layer = model.encoder.layers[1].mlp.experts.mlp
+    point = packable._point
+    asked = []
+
+    def interrupted(parameter: nn.Parameter, tensor: Tensor) -> None:
+        if late:
+            point(parameter, tensor)
+        if not asked and parameter is layer._parameters["w2"]:
+            asked.append(True)
+            assert all(one.equal(checkpoint[name]) for name, one in model.state_dict().items())
+        if not late:
+            point(parameter, tensor)
+
+    monkeypatch.setattr(packable, "_point", interrupted)
+    torch.testing.assert_close(embed(model), before, atol=1e-5, rtol=0)
+    assert asked
+    monkeypatch.undo()
+    assert all(one.equal(checkpoint[name]) for name, one in model.state_dict().items())
     assert torch.equal(embed(model), before)
     assert packed(model)
 
