@@ -249,7 +249,8 @@ def test_embedding_lays_matrices_out(tiny_folder: Path, tmp_path: Path) -> None:
     assert np.array_equal(pickle.loads(pickle.dumps(model)).encode_query(TEXTS), before)
     embedded()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    features = model.preprocess(TEXTS)
+    # its older name
+    features = getattr(model, "preprocess", model.tokenize)(TEXTS)
     model(features)["sentence_embedding"].pow(3).sum().backward()
     model.encode_query(TEXTS)
     optimizer.step()
