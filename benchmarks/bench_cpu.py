@@ -199,7 +199,7 @@ def model_of(config: NomicMoEConfig, state: dict[str, Tensor]) -> NomicMoEModel:
     """A model that holds these tensors, ready for inference."""
     with torch.device("meta"):
         model = NomicMoEModel(config)
-    # copies: a model frees what it packs, and others use the same tensors
+    # copies: what others hold too is not packed
     model.load_state_dict({name: one.clone() for name, one in state.items()}, assign=True)
     return model.eval()
 

@@ -99,7 +99,7 @@ def build_case(point: Point, dtype: str, device: torch.device) -> tuple[Case, fl
     with torch.device("meta"):
         model = NomicMoEModel(config)
     state = {name: one.to(DTYPES[dtype]) for name, one in exact.state_dict().items()}
-    # a copy: a model frees what it packs
+    # copies: what others hold too is not packed
     model.load_state_dict({name: one.clone() for name, one in state.items()}, assign=True)
     packed = peers.Packed(model.eval())
     if dtype == "float32":

@@ -2,7 +2,7 @@
 
 A parameter whose numbers are in such matrices is sealed: it keeps identity, shape and dtype, but no
 memory of its own. Whoever uses it in any way opens it, which gives it its numbers back; the next
-inference lays them out again, unless anyone but the module still holds the parameter.
+inference lays them out again, unless anyone but the module still holds the parameter or its memory.
 """
 
 from __future__ import annotations
@@ -301,6 +301,7 @@ class Packable(nn.Module):
                 return {}
             plain[name] = parameter
         del parameter
+        # a first look, so that what is in use does not change its class in every forward
         return {} if any(_is_held(plain, name) for name in plain) else plain
 
     def unpack(self) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 import pickle
 import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -365,6 +367,24 @@ def test_kernels_follow_loaded_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     assert model.backend == Backend("triton", "asked for")
     with pytest.raises(RuntimeError, match="bfloat16 wrongly"):
         model.load_state_dict({name: one.bfloat16() for name, one in state.items()}, assign=True)
+
+
+def test_a_pickled_model_chooses_its_kernels_where_it_is_loaded() -> None:
+    model = NomicMoEModel.from_pretrained(data.TINY, device="cpu")
+    expected = model.backend
+    model.backend = Backend("triton", "cuda:0 runs Triton kernels")
+    assert pickle.loads(pickle.dumps(model)).backend == expected
+
+
+def test_a_config_the_kernels_cannot_run_is_refused_before_its_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checks, "INTERPRETED", True)
+    raw = json.loads((data.TINY / "config.json").read_text()) | {"n_head": 1}
+    # there are no weights to be found
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(RuntimeError, match="heads of 64 features at most"):
+        NomicMoEModel.from_pretrained(tmp_path, device="cpu", backend="triton")
 
 
 @pytest.mark.parametrize(
