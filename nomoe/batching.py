@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from array import array
 from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -19,8 +20,10 @@ logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 # a window holds about four batches of text, at some four characters per token, so that sorting by
-# length has something to sort; and never so many short texts that the first result waits long
+# length has something to sort; on a GPU, whose batches are large, about one, lest it wait long for
+# the first. And never so many short texts that the first result waits long
 _CHARACTERS_PER_BUDGET_TOKEN = 16
+_WINDOW_CHARACTERS = 262_144
 _WINDOW_TEXTS = 16_384
 
 
@@ -33,15 +36,13 @@ def windows(texts: Iterable[str], batch_tokens: int) -> Iterator[list[str]]:
     """
     window: list[str] = []
     characters = seen = 0
+    most = min(batch_tokens * _CHARACTERS_PER_BUDGET_TOKEN, _WINDOW_CHARACTERS)
     for text in texts:
         check_texts([text], seen)
         seen += 1
         window.append(text)
         characters += len(text)
-        if (
-            characters >= batch_tokens * _CHARACTERS_PER_BUDGET_TOKEN
-            or len(window) >= _WINDOW_TEXTS
-        ):
+        if characters >= most or len(window) >= _WINDOW_TEXTS:
             yield window
             window, characters = [], 0
     if window:
@@ -87,6 +88,8 @@ def make_batches(lengths: list[int], batch_tokens: int, batch_size: int | None) 
     order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
     ends = list(accumulate((lengths[position] for position in order), initial=0))
     most_texts = batch_size or len(order)
+    if order and ends[-1] <= batch_tokens and len(order) <= most_texts:
+        return [order]
 
     def cut(most_tokens: int) -> list[int]:
         cuts = [0]
@@ -113,6 +116,15 @@ class Batch(NamedTuple):
     def ids(self) -> list[list[int]]:
         """Token ids of each text."""
         return [self.window.ids[position] for position in self.positions]
+
+    @property
+    def packed_ids(self) -> array[int]:
+        """Token ids of all texts, end to end."""
+        # 66,664 in 0.3 ms; numpy, and this with signed numbers, take four times as long from lists
+        packed = array("I")
+        for ids in self.ids:
+            packed.fromlist(ids)
+        return packed
 
     @property
     def lengths(self) -> list[int]:

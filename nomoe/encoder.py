@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from . import pipeline, similarity
 from .arguments import (
@@ -313,7 +316,7 @@ class Encoder:
             batch_tokens=batch_tokens,
             batch_size=batch_size,
             on_too_long=on_too_long,
-            texts=len(texts),
+            texts=texts,
         )
         if output_value not in ("sentence_embedding", "token_embeddings", None):
             raise ValueError(
@@ -325,7 +328,7 @@ class Encoder:
         if device is not None:
             self.to(device)
             if batch_tokens is None:
-                plan = plan._replace(batch_tokens=self._budget(len(texts)))
+                plan = plan._replace(batch_tokens=self._budget(plan.prefix, texts))
         if prompt_name is None and prompt is None:
             texts = list(self._noting_missing_prompt(texts))
 
@@ -334,7 +337,7 @@ class Encoder:
         if plan.refuse_long:
             # to refuse before any compute, everything is tokenised first
             windows = iter(list(windows))
-        with pipeline.progress(show_progress_bar, len(texts)) as bar:
+        with _bar(show_progress_bar, len(texts)) as bar:
             if output_value != "sentence_embedding":
                 rows: list[Any] = []
                 for of_window in pipeline.embed_tokens(self._engine, windows, plan, bar):
@@ -343,13 +346,10 @@ class Encoder:
                     rows = [row["token_embeddings"] for row in rows]
                 return rows[0] if single else rows
             to_host = precision != "float32" or (convert_to_numpy and not convert_to_tensor)
-            parts = list(pipeline.embed(self._engine, windows, plan, bar, to_host=to_host))
-        empty = torch.empty(
-            *(0, plan.pooling.dim),
-            dtype=torch.float32,
-            device="cpu" if to_host else self.device,
-        )
-        vectors = parts[0] if len(parts) == 1 else torch.cat([empty, *parts])
+            parts = pipeline.embed(self._engine, windows, plan, bar, to_host=to_host)
+            vectors = _gather(
+                parts, (len(texts), plan.pooling.dim), "cpu" if to_host else self.device
+            )
         if precision != "float32":
             vectors = torch.from_numpy(quantize(vectors.numpy(), precision, ranges))
         result: Any
@@ -472,7 +472,7 @@ class Encoder:
             TypeError, ValueError: As `encode`.
         """
         texts = _as_list(inputs)
-        plan = self._plan(prompt_name, prompt, texts=len(texts))
+        plan = self._plan(prompt_name, prompt, texts=texts)
         config = self.model.config
         pieces: list[list[str]] = []
         experts: list[npt.NDArray[np.int64]] = []
@@ -527,7 +527,7 @@ class Encoder:
         batch_tokens: int | None = None,
         batch_size: int | None = None,
         on_too_long: OnTooLong = "warn",
-        texts: int | None = None,
+        texts: list[str] | None = None,
     ) -> Plan:
         """Check a call's settings before anything is computed; `texts` is None where unknown."""
         prefix = choose_prompt(self.prompts, self.default_prompt_name, prompt_name, prompt)
@@ -548,7 +548,7 @@ class Encoder:
         if on_too_long not in ("warn", "error"):
             raise ValueError(f"on_too_long is {on_too_long!r}, expected 'warn' or 'error'")
         if batch_tokens is None:
-            batch_tokens = self._budget(texts)
+            batch_tokens = self._budget(prefix, texts)
         return Plan(
             prefix=prefix,
             max_length=self.max_seq_length,
@@ -558,10 +558,37 @@ class Encoder:
             pooling=Pooling(dim, self._normalizes and not normalize, normalize),
         )
 
-    def _budget(self, texts: int | None) -> int:
-        """Most tokens of a batch of a call with so many texts."""
-        is_small = texts is not None and texts * self.max_seq_length <= _FEW_TOKENS
-        return _FEW_TOKENS if is_small else token_budget(self.model)
+    def _budget(self, prefix: str, texts: list[str] | None) -> int:
+        """Most tokens of a batch of a call with such texts."""
+        if texts is None:
+            return token_budget(self.model)
+        # no text has more of them, and hardly one as many as it has characters, with two around it
+        tokens = len(texts) * self.max_seq_length
+        if tokens > _FEW_TOKENS:
+            tokens = sum(map(len, texts)) + len(texts) * (len(prefix) + 2)
+        return _FEW_TOKENS if tokens <= _FEW_TOKENS else token_budget(self.model)
+
+
+def _gather(
+    parts: Iterator[torch.Tensor], shape: tuple[int, int], device: str | torch.device
+) -> torch.Tensor:
+    """Put parts end to end as they come: meanwhile a GPU is at the next ones."""
+    first = next(parts, None)
+    if first is not None and len(first) == shape[0] and next(parts, None) is None:
+        return first
+    whole = torch.empty(shape, dtype=torch.float32, device=device)
+    start = 0
+    for part in chain([] if first is None else [first], parts):
+        whole[start : start + len(part)] = part
+        start += len(part)
+    return whole
+
+
+def _bar(show: bool | None, texts: int) -> AbstractContextManager[tqdm[Any] | None]:
+    """A progress bar of a call, or none where it could not be seen; making one takes a while."""
+    if show is False or (show is None and texts == 1):
+        return nullcontext()
+    return pipeline.progress(show, texts)
 
 
 def _as_list(inputs: str | Sequence[str]) -> list[str]:

@@ -20,6 +20,7 @@ from bisect import bisect_left
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
+from operator import getitem, itemgetter
 from typing import Any, NamedTuple, Protocol
 from weakref import WeakSet
 
@@ -245,18 +246,31 @@ def recorder_for(model: NomicMoEModel) -> Recorder | None:
     return None
 
 
+# what `_Snapshot` looks at of a module's attributes
+_CHILDREN = itemgetter("_modules")
+_HOOKS = itemgetter("_forward_hooks")
+_PRE_HOOKS = itemgetter("_forward_pre_hooks")
+
+
 class _Snapshot:
-    """What a recording has built in of its model, to tell when it is out of date."""
+    """What a recording has built in of its model, to tell when it is out of date.
+
+    It is asked before every replay, while the GPU has nothing to do, so nothing here loops over
+    modules or parameters in Python.
+    """
 
     def __init__(self, model: NomicMoEModel) -> None:
-        self._modules = list(model.modules())
-        self._slots = [
+        # what each module's attributes are kept in
+        self._modules = [vars(module) for module in model.modules()]
+        slots = [
             (module._parameters, name)
-            for module in self._modules
+            for module in model.modules()
             for name, parameter in module._parameters.items()
             if parameter is not None
         ]
-        self._children = self._current_children()
+        self._holders = [parameters for parameters, _ in slots]
+        self._names = [name for _, name in slots]
+        self._children = [dict(children) for children in map(_CHILDREN, self._modules)]
         self._rest = self._current_rest(model)
         self._pointers = self._current_pointers()
 
@@ -266,19 +280,19 @@ class _Snapshot:
             return (
                 self._current_rest(model) == self._rest
                 and self._current_pointers() == self._pointers
-                and self._current_children() == self._children
+                and list(map(_CHILDREN, self._modules)) == self._children
                 # a recording runs no hooks
-                and not any(one._forward_hooks or one._forward_pre_hooks for one in self._modules)
+                and not any(map(_HOOKS, self._modules))
+                and not any(map(_PRE_HOOKS, self._modules))
             )
-        except (KeyError, AttributeError):
+        except (KeyError, AttributeError, TypeError):
             # a parameter is gone
             return False
 
     def _current_pointers(self) -> list[int]:
-        return [slots[name].data_ptr() for slots, name in self._slots]  # type: ignore[union-attr]
-
-    def _current_children(self) -> list[int]:
-        return [id(child) for module in self._modules for child in module._modules.values()]
+        # looked up anew: a parameter may be another, or the same with other memory
+        parameters = map(getitem, self._holders, self._names)
+        return list(map(Tensor.data_ptr, parameters))  # type: ignore[arg-type]
 
     def _current_rest(self, model: NomicMoEModel) -> tuple[object, ...]:
         return (
@@ -301,6 +315,16 @@ class _Buffers(NamedTuple):
     # tables of the batch, int32
     numbers: Tensor
     # (texts, D) float32
+    vectors: Tensor
+
+
+class _Place(NamedTuple):
+    """Where a recording finds its batch and leaves the vectors: parts of the buffers."""
+
+    layout: Layout
+    # (layout.size,) int32
+    numbers: Tensor
+    # (layout.texts, dim) float32
     vectors: Tensor
 
 
@@ -337,7 +361,7 @@ class Engine:
         self._recorder: Recorder | None = None
         self._snapshot: _Snapshot | None = None
         self._buffers: _Buffers | None = None
-        self._recordings: OrderedDict[_Key, Recording] = OrderedDict()
+        self._recordings: OrderedDict[_Key, tuple[_Place, Recording]] = OrderedDict()
         # met once, not recorded yet; and how often those were tried in vain that could not be
         self._met: set[_Key] = set()
         self._refused: Counter[_Key] = Counter()
@@ -364,16 +388,17 @@ class Engine:
         model, backend = self.model, self.model.backend
         if not backend.takes_tables:
             is_cuda = model.device.type == "cuda"
-            ids_T = torch.tensor(ids, dtype=torch.int64, device="cpu", pin_memory=is_cuda)
+            ids_T = torch.empty(len(ids), dtype=torch.int64, device="cpu", pin_memory=is_cuda)
+            ids_T.numpy()[:] = ids
             ids_T = ids_T.to(model.device, non_blocking=True)
             output = model.forward_packed(ids_T, lengths, output_routing=routing)
             return output, backend.ops
         layout = self.layout_of(lengths)
-        numbers = self._tables(layout, ids, lengths).to(model.device, non_blocking=True)
+        device = model.device
+        numbers = _tables(layout, ids, lengths, device).to(device, non_blocking=True)
         ops = backend.table_ops(layout, numbers, padded=False)
         return model.forward_tables(ops, output_routing=routing), ops
 
-    @torch.no_grad()
     def embed(
         self, ids: Sequence[int], lengths: Sequence[int], pooling: Pooling, *, to_host: bool
     ) -> Callable[[], Tensor]:
@@ -396,9 +421,10 @@ class Engine:
             pending = self._replay(_Key(bucket, pooling), ids, lengths, to_host)
             if pending is not None:
                 return pending
-        output, ops = self.forward(ids, lengths)
-        vectors = ops.pool(output.last_hidden_state, lengths, pooling)
-        return _fetch(vectors, to_host)
+        with torch.no_grad():
+            output, ops = self.forward(ids, lengths)
+            vectors = ops.pool(output.last_hidden_state, lengths, pooling)
+            return _fetch(vectors, to_host)
 
     @torch.no_grad()
     def prepare(self, texts: int, longest: int, pooling: Pooling) -> None:
@@ -445,7 +471,7 @@ class Engine:
     def _drop(self) -> None:
         if self._recorder is not None:
             self._recorder.settle()
-        for recording in self._recordings.values():
+        for _, recording in self._recordings.values():
             recording.release()
         self._forget()
 
@@ -464,8 +490,9 @@ class Engine:
         recording that nobody replays.
         """
         model = self.model
+        device = model.device
         # autocast changes what a forward launches
-        if not model.backend.takes_tables or torch.is_autocast_enabled(model.device.type):
+        if not model.backend.takes_tables or torch.is_autocast_enabled(device.type):
             return None
         with self._lock:
             if self._snapshot is None or not self._snapshot.holds(model):
@@ -476,19 +503,20 @@ class Engine:
                 self._snapshot, self._recorder = snapshot, self._make_recorder(model)
             if self._recorder is None:
                 return None
-            if key not in self._recordings and not record and key not in self._met:
-                self._met.add(key)
-                return None
-            if self._refused[key] == _TRIES:
-                return None
-            layout = self._layout_in(key.bucket)
+            kept = self._recordings.get(key)
+            if kept is None:
+                if not record and key not in self._met:
+                    self._met.add(key)
+                    return None
+                if self._refused[key] == _TRIES:
+                    return None
+            place = self._place(key) if kept is None else kept[0]
             try:
                 with self._recorder.turn():
-                    buffers = self._room()
-                    numbers = buffers.numbers[: layout.size]
-                    numbers.copy_(self._tables(layout, ids, lengths), non_blocking=True)
-                    self._recorded(key, layout).replay()
-                    return _fetch(buffers.vectors[: len(lengths), : key.pooling.dim], to_host, True)
+                    numbers = _tables(place.layout, ids, lengths, device)
+                    place.numbers.copy_(numbers, non_blocking=True)
+                    self._recorded(key, place).replay()
+                    return _fetch(place.vectors[: len(lengths)], to_host, is_buffer=True)
             except _RefusedError as refusal:
                 self._refused[key] += 1
                 if self._refused[key] < _TRIES:
@@ -502,33 +530,38 @@ class Engine:
         )
         return None
 
-    def _recorded(self, key: _Key, layout: Layout) -> Recording:
+    def _recorded(self, key: _Key, place: _Place) -> Recording:
         """The recording of a bucket, made where there is none; the buffers hold a batch of it."""
         assert self._recorder is not None
-        recording = self._recordings.get(key)
-        if recording is None:
+        if key not in self._recordings:
             while len(self._recordings) >= self._most_recordings:
                 self._recorder.settle()
-                self._recordings.popitem(last=False)[1].release()
+                self._recordings.popitem(last=False)[1][1].release()
             try:
-                recording = self._recorder.record(self._step(key, layout))
+                recording = self._recorder.record(self._step(key, place))
             except RuntimeError as error:
                 raise _RefusedError(str(error)) from None
-            self._recordings[key] = recording
+            self._recordings[key] = place, recording
         self._recordings.move_to_end(key)
-        return recording
+        return self._recordings[key][1]
 
-    def _step(self, key: _Key, layout: Layout) -> Callable[[], None]:
+    def _place(self, key: _Key) -> _Place:
+        layout, buffers = self._layout_in(key.bucket), self._room()
+        return _Place(
+            layout,
+            buffers.numbers[: layout.size],
+            buffers.vectors[: layout.texts, : key.pooling.dim],
+        )
+
+    def _step(self, key: _Key, place: _Place) -> Callable[[], None]:
         """A forward from buffer to buffer; it names no length but the bucket's."""
-        model, buffers = self.model, self._room()
-        numbers = buffers.numbers[: layout.size]
-        vectors = buffers.vectors[: layout.texts, : key.pooling.dim]
-        ops = model.backend.table_ops(layout, numbers, padded=True)
+        model = self.model
+        ops = model.backend.table_ops(place.layout, place.numbers, padded=True)
 
         @torch.no_grad()
         def step() -> None:
             output = model.forward_tables(ops)
-            vectors.copy_(ops.pool(output.last_hidden_state, [], key.pooling))
+            place.vectors.copy_(ops.pool(output.last_hidden_state, [], key.pooling))
 
         return step
 
@@ -567,13 +600,6 @@ class Engine:
                 )
         return self._buffers
 
-    def _tables(self, layout: Layout, ids: Sequence[int], lengths: Sequence[int]) -> Tensor:
-        # torch keeps pinned memory from being used again until the device has read it
-        is_cuda = self.model.device.type == "cuda"
-        numbers = torch.empty(layout.size, dtype=torch.int32, device="cpu", pin_memory=is_cuda)
-        layout.fill(numbers, ids, lengths)
-        return numbers
-
 
 class _RefusedError(RuntimeError):
     """A forward could not be recorded."""
@@ -605,6 +631,17 @@ def bytes_per_token(config: NomicMoEConfig, dtype: torch.dtype, *, fused: bool) 
     if fused:
         return dtype.itemsize * numbers + 24 * K
     return dtype.itemsize * (numbers + K * F) + 8 * K * D + 24 * K
+
+
+def _tables(
+    layout: Layout, ids: Sequence[int], lengths: Sequence[int], device: torch.device
+) -> Tensor:
+    """A batch's tables on the host, on their way to a device."""
+    # torch keeps pinned memory from being used again until the device has read it
+    is_cuda = device.type == "cuda"
+    numbers = torch.empty(layout.size, dtype=torch.int32, device="cpu", pin_memory=is_cuda)
+    layout.fill(numbers, ids, lengths)
+    return numbers
 
 
 def _even_batch(tokens: int, texts: int) -> tuple[list[int], list[int]]:

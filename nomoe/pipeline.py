@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator
-from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -71,7 +70,7 @@ def run(
     engine: Engine,
     windows: Iterable[Tokens],
     plan: Plan,
-    bar: tqdm[Any],
+    bar: tqdm[Any] | None,
     launch: Callable[[Batch], Callable[[], Result]],
 ) -> Iterator[tuple[Tokens, list[tuple[Batch, Result]]]]:
     """Run windows batch by batch, longest texts first; yield each with its batches' results.
@@ -91,40 +90,41 @@ def run(
     for batch, result in run_batches(batches(), launch, depth=depth, relieve=engine.relieve):
         done.append((batch, result))
         texts += len(batch.positions)
-        bar.update(len(batch.positions))
+        if bar is not None:
+            bar.update(len(batch.positions))
         if texts == len(batch.window.ids):
             yield batch.window, done
             done, texts = [], 0
 
 
 def embed(
-    engine: Engine, windows: Iterable[Tokens], plan: Plan, bar: tqdm[Any], *, to_host: bool
+    engine: Engine, windows: Iterable[Tokens], plan: Plan, bar: tqdm[Any] | None, *, to_host: bool
 ) -> Iterator[Tensor]:
     """Embed windows; (m, d) float32 for each, in its order, on the host or the model's device."""
 
     def launch(batch: Batch) -> Callable[[], Tensor]:
-        ids = list(chain.from_iterable(batch.ids))
-        return engine.embed(ids, batch.lengths, plan.pooling, to_host=to_host)
+        return engine.embed(batch.packed_ids, batch.lengths, plan.pooling, to_host=to_host)
 
     for _, parts in run(engine, windows, plan, bar, launch):
+        # a copy even of one: vectors that were kept would keep pinned memory
         rows = torch.cat([vectors for _, vectors in parts])
-        order = torch.tensor(
-            [position for batch, _ in parts for position in batch.positions],
-            device="cpu",
-            pin_memory=rows.is_cuda,
-        )
+        positions = [position for batch, _ in parts for position in batch.positions]
+        if len(positions) == 1:
+            yield rows
+            continue
+        order = torch.tensor(positions, device="cpu", pin_memory=rows.is_cuda)
         # rows into the order of the window
         yield torch.empty_like(rows).index_copy_(0, order.to(rows.device, non_blocking=True), rows)
 
 
 def embed_tokens(
-    engine: Engine, windows: Iterable[Tokens], plan: Plan, bar: tqdm[Any]
+    engine: Engine, windows: Iterable[Tokens], plan: Plan, bar: tqdm[Any] | None
 ) -> Iterator[list[dict[str, Tensor]]]:
     """Embed windows token by token: a dict per text, in the window's order."""
 
     @torch.no_grad()
     def launch(batch: Batch) -> Callable[[], list[dict[str, Tensor]]]:
-        output, ops = engine.forward(list(chain.from_iterable(batch.ids)), batch.lengths)
+        output, ops = engine.forward(batch.packed_ids, batch.lengths)
         vectors = ops.pool(output.last_hidden_state, batch.lengths, plan.pooling)
         hidden = output.last_hidden_state.float().split(batch.lengths)
         # clones, or keeping one text would keep its whole batch
@@ -144,13 +144,12 @@ def embed_tokens(
 
 
 def route(
-    engine: Engine, windows: Iterable[Tokens], plan: Plan, bar: tqdm[Any]
+    engine: Engine, windows: Iterable[Tokens], plan: Plan, bar: tqdm[Any] | None
 ) -> Iterator[tuple[Tokens, list[tuple[Tensor, Tensor]]]]:
     """Route windows: experts and weights of each text, (L, M, K) on the host, in its order."""
 
     def launch(batch: Batch) -> Callable[[], list[tuple[Tensor, Tensor]]]:
-        ids = list(chain.from_iterable(batch.ids))
-        output, _ = engine.forward(ids, batch.lengths, routing=True)
+        output, _ = engine.forward(batch.packed_ids, batch.lengths, routing=True)
         assert output.router_experts is not None
         assert output.router_weights is not None
         experts_TMK = torch.stack(output.router_experts, dim=1).cpu().split(batch.lengths)

@@ -71,6 +71,9 @@ def test_windows_keep_order_and_are_bounded() -> None:
     for window in cut[:-1]:
         characters = sum(map(len, window))
         assert 256 <= characters < 256 + 50
+    # a GPU's budget is large, and its first window keeps it waiting
+    large = list(windows(iter(["a" * 1000] * 1000), batch_tokens=65_536))
+    assert [len(window) for window in large] == [263, 263, 263, 211]
     many_short = list(windows(iter([""] * 40_000), batch_tokens=16))
     assert [len(window) for window in many_short] == [16_384, 16_384, 40_000 - 2 * 16_384]
 

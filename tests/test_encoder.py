@@ -273,11 +273,23 @@ def test_a_call_that_moves_the_model_takes_the_new_devices_budget(
             budgets.append(plan.batch_tokens) or tokenized(tokenizer, texts, plan)
         ),
     )
-    texts = ["a"] * 20
+    texts = ["a " * 200] * 20
     encoder.encode_document(texts)
     encoder.encode_document(texts, device="cpu")
     encoder.encode_document(texts, device="cpu", batch_tokens=100)
     assert budgets == [8192, 64, 100]
+
+
+def test_few_tokens_are_embedded_without_a_look_at_the_memory(
+    encoder: Encoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks: list[object] = []
+    monkeypatch.setattr("nomoe.encoder.token_budget", lambda model: looks.append(model) or 8192)
+    encoder.encode_query("a " * 3000)
+    encoder.encode_query(["a"] * 100)
+    assert not looks
+    encoder.encode_query(["a " * 50] * 100)
+    assert len(looks) == 1
 
 
 def test_another_model_gets_another_engine(encoder: Encoder, tiny_folder: Path) -> None:

@@ -11,6 +11,7 @@ import logging
 import math
 import pickle
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -331,6 +332,57 @@ def test_a_changed_model_is_noticed(
     assert (got - before).abs().max() > 1e-3
     assert recorder.replays == replays
     assert recorder.releases == 2 - replays
+
+
+def take_away_a_bias(model: Any) -> None:
+    model[1].bias = None
+
+
+def delete_a_weight(model: Any) -> None:
+    del model[1].weight
+
+
+def hook_before(model: Any) -> None:
+    model[2][0].register_forward_pre_hook(lambda module, inputs: None)
+
+
+def hook_among_other_hooks(model: Any) -> None:
+    # how some take all hooks off a module
+    model[2][0]._forward_hooks = OrderedDict()
+    model[2][0].register_forward_hook(lambda module, inputs, out: None)
+
+
+def add_below_a_leaf(model: Any) -> None:
+    model[1].adapter = torch.nn.Linear(4, 4)
+
+
+def swap_children(model: Any) -> None:
+    model[2][0], model[2][1] = model[2][1], model[2][0]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        take_away_a_bias,
+        delete_a_weight,
+        hook_before,
+        hook_among_other_hooks,
+        add_below_a_leaf,
+        swap_children,
+    ],
+)
+def test_a_snapshot_holds_until_a_change(change: Callable[[Any], None]) -> None:
+    model: Any = torch.nn.Sequential(
+        torch.nn.LayerNorm(4),
+        torch.nn.Linear(4, 4),
+        torch.nn.Sequential(torch.nn.GELU(), torch.nn.Tanh()),
+    )
+    model.backend = StandInBackend()
+    model.device, model.dtype = torch.device("cpu"), torch.float32
+    snapshot = engine._Snapshot(model)
+    assert snapshot.holds(model)
+    change(model)
+    assert not snapshot.holds(model)
 
 
 def test_a_users_precision_of_products_by_its_newer_name(model: Any) -> None:

@@ -7,12 +7,15 @@ recorded CUDA graph say, can be given another batch in the same place.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 from torch import Tensor
 
 from .configs import AttentionTile
+
+_Numbers = npt.NDArray[np.int64]
 
 # every table starts at a multiple of 16 bytes, for which kernels are compiled
 _ALIGNMENT = 4
@@ -68,42 +71,60 @@ class Layout(NamedTuple):
 
     def split(self, numbers: Tensor) -> Tables:
         """The tables in a run of `size` numbers, as views."""
+        return Tables(*self._views(numbers))
+
+    def _views(self, numbers: Any) -> list[Any]:
+        """The tables in a tensor or an array, in the order of `Tables`."""
         views, start = [], 0
         for size in self._sizes:
             views.append(numbers[start : start + size])
             start += _aligned(size)
-        live, bounds, blocks, positions_T, ids_T = views
-        return Tables(live, bounds, blocks.view(-1, 3), positions_T, ids_T)
+        views[2] = views[2].reshape(-1, 3)
+        return views
 
     def fill(self, numbers: Tensor, ids: Sequence[int], lengths: Sequence[int]) -> None:
         """Write a batch's tables into `size` numbers on the host, over whatever they held.
 
+        Args:
+            numbers: Where to, (size,) int32.
+            ids: Token ids of all texts, end to end; where there are many, an array
+                is read faster than a list.
+            lengths: Tokens of each text.
+
         Raises:
             ValueError: The batch is larger than the layout, has no token, or its lengths are wrong.
         """
-        lengths_B = np.array(lengths, dtype=np.int64)
-        if not 1 <= len(ids) <= self.tokens or len(lengths) > self.texts:
+        tokens, texts = len(ids), len(lengths)
+        if not 1 <= tokens <= self.tokens or texts > self.texts:
             raise ValueError(
-                f"{len(lengths)} texts of {len(ids)} tokens do not go into {self}, "
-                "which needs at least one"
+                f"{texts} texts of {tokens} tokens do not go into {self}, which needs at least one"
             )
-        if lengths_B.min() < 1 or lengths_B.sum() != len(ids):
-            raise ValueError(f"lengths must be at least 1 and add up to {len(ids)} tokens")
-        numbers.zero_()
-        live, bounds, blocks, positions_T, ids_T = (one.numpy() for one in self.split(numbers))
-        live[0] = len(ids)
+        if min(lengths, default=0) < 1 or sum(lengths) != tokens:
+            raise ValueError(f"lengths must be at least 1 and add up to {tokens} tokens")
+        numbers_of_all = numbers.numpy()
+        numbers_of_all.fill(0)
+        live, bounds, blocks, positions_T, ids_T = self._views(numbers_of_all)
+        lengths_B = np.array(lengths, dtype=np.int64)
         ends_B = lengths_B.cumsum()
         starts_B = ends_B - lengths_B
-        bounds[1 : len(lengths) + 1] = ends_B
-        bounds[len(lengths) + 1 :] = len(ids)
-        positions_T[: len(ids)] = np.arange(len(ids)) - starts_B.repeat(lengths_B)
-        ids_T[: len(ids)] = ids
-        blocks_B = -(-lengths_B // self.tile.block_m)
-        text_of = np.arange(len(lengths)).repeat(blocks_B)
-        block_of = np.arange(len(text_of)) - (blocks_B.cumsum() - blocks_B)[text_of]
-        rows = blocks[: len(text_of)]
-        rows[:, 0], rows[:, 1] = starts_B[text_of], lengths_B[text_of]
-        rows[:, 2] = block_of * self.tile.block_m
+        live[0] = tokens
+        bounds[1 : texts + 1] = ends_B
+        bounds[texts + 1 :] = tokens
+        ids_T[:tokens] = ids
+        positions_T[:tokens] = _counted(starts_B, lengths_B, tokens)
+        block_m = self.tile.block_m
+        blocks_B = -(-lengths_B // block_m)
+        block_ends_B = blocks_B.cumsum()
+        count = int(block_ends_B[-1])
+        rows = blocks[:count]
+        rows[:, 0] = starts_B.repeat(blocks_B)
+        rows[:, 1] = lengths_B.repeat(blocks_B)
+        rows[:, 2] = _counted(block_ends_B - blocks_B, blocks_B, count) * block_m
+
+
+def _counted(starts: _Numbers, counts: _Numbers, total: int) -> _Numbers:
+    """0 to count - 1 for each count, from each start on."""
+    return np.arange(total) - starts.repeat(counts)
 
 
 def _aligned(size: int) -> int:
