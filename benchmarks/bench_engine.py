@@ -1,6 +1,7 @@
 """Time what lies around a forward: from strings to vectors, in queries, batches and a corpus.
 
     python benchmarks/bench_engine.py                 on a GPU where there is one, in its dtype
+    python benchmarks/bench_engine.py --profile       on a GPU also the time of each kernel
     python benchmarks/bench_engine.py --smoke         a toy model and few texts, in seconds
 
 Each case also times its forward alone: launched kernel by kernel from ids on the device, and on a
@@ -26,6 +27,7 @@ import script
 import torch
 from harness import Case, Contender, Deviation
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 from tqdm.auto import tqdm
 
 from nomoe import Encoder, data, synthetic
@@ -153,6 +155,26 @@ def text_case(
     return Case(title, sum(lengths), contenders, alone(runner, tokens, pooling), LAUNCHED)
 
 
+def kernel_times(run: Callable[[], Tensor], calls: int = 3) -> str:
+    """The GPU's time by kernel, the longest first: microseconds of a call, launches, and name."""
+    run()
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        for _ in range(calls):
+            run()
+        torch.cuda.synchronize()
+    spent: dict[str, list[float]] = {}
+    for event in profiler.events() or []:
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            spent.setdefault(event.name[:60], []).append(event.device_time_total)
+    rows = sorted(spent.items(), key=lambda item: -sum(item[1]))
+    lines = [f"{sum(map(sum, spent.values())) / calls:10.1f} us in all"]
+    return "\n".join(
+        lines
+        + [f"{sum(took) / calls:10.1f} us {len(took) // calls:4}x {name}" for name, took in rows]
+    )
+
+
 def peak_memory(runner: Engine, pooling: Pooling, tokens: int) -> str:
     """Memory that a batch of texts of 512 tokens takes beside what was allocated before it."""
     if runner.model.device.type != "cuda":
@@ -170,6 +192,9 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = script.parser("Time the way from strings to vectors.", repeats=30)
     parser.add_argument("--dtype", choices=DTYPES, help="by default the device's own")
+    parser.add_argument(
+        "--profile", action="store_true", help="on a GPU print the time of each kernel as well"
+    )
     parser.add_argument("--corpus-repeats", type=int, default=3, help="timed passes of the corpus")
     args = script.parse(parser, arguments, counts=["corpus_repeats"])
     device = args.device
@@ -226,10 +251,13 @@ def main(arguments: list[str] | None = None) -> int:
     )
     for title, make in tqdm(cases.items(), unit=" cases", disable=None):
         with run.attempt(title):
-            # by no name, since it holds a graph
-            run.measure(
-                make(title), repeats=args.corpus_repeats if title == of_corpus else args.repeats
-            )
+            case = make(title)
+            run.measure(case, repeats=args.corpus_repeats if title == of_corpus else args.repeats)
+            graphs = [one.run for one in case.contenders if isinstance(one.run, harness.Replay)]
+            if args.profile and graphs:
+                print(f"\n{title}, replayed\n{kernel_times(graphs[0])}")
+            # they hold what the next would want
+            del case, graphs
     with run.attempt("peak memory"):
         settings["peak memory at 65,536 tokens"] = peak_memory(runner, pooling, 65_536)
     return run.finish()

@@ -147,7 +147,7 @@ def attention_tiles(bench: Bench, shape: AttentionShape) -> Iterator[tuple[str, 
     tiles[configured._replace(kernel="rotating", stages=1)] = None
     tiles[configs.invariant_attention(shape.itemsize)] = None
     if bench.all_tiles:
-        tiles |= dict.fromkeys(configs.attention_candidates(shape))
+        tiles |= dict.fromkeys(configs.attention_candidates(bench.described, shape))
     for tile in tiles:
         if tile.kernel != "varlen" or (bench.device.type == "cuda" and shape.itemsize == 2):
             is_chosen = " (configured)" if tile == configured else ""

@@ -187,18 +187,8 @@ def launch_layers(device: Device, dtype: torch.dtype) -> None:
     norm = Norm(vector, vector, 1e-5)
     fused.add_norm_route(x, x, norm, router, K)
     routing = launch.empty_routing(x, K)
-    for counts in (False, True):
-        live = torch.zeros(1, dtype=torch.int32)
-        launch.route(
-            x,
-            router,
-            *routing,
-            normalize=False,
-            rounded_TD=x,
-            added=(x, norm),
-            counts=counts,
-            live=live,
-        )
+    live = torch.zeros(1, dtype=torch.int32)
+    launch.route(x, router, *routing, normalize=False, rounded_TD=x, added=(x, norm), live=live)
     for parts in (1, 4):
         rows = torch.empty(parts, 64 * K, D, dtype=torch.float32 if parts > 1 else dtype)
         launch.unpermute(rows, bias, x, K, added=(x, norm))

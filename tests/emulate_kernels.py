@@ -115,16 +115,16 @@ def off(actual: Tensor, exact: Tensor) -> float:
 
 
 def plans(target: str, itemsize: int) -> dict[str, Plan]:
-    """The tiles that a formula may pick on a device, and those for warps of two kinds.
+    """The tiles that a formula may pick on a device, or others of their kernel and blocks.
 
     A plan has the same for both products, but for few rows, where it is the published model's.
     """
     device, menu = DEVICES[target], configs.menu(DEVICES[target], itemsize)
     tiles = {f"{tile.kernel} {tile.block_m} x {tile.block_n}": tile for tile in menu}
     if target == "cuda:90" and itemsize == 2:
-        for block_n, stages in ((256, 4), (128, 3)):
-            tile = Tile("specialized", 128, block_n, 64, 4, stages)
-            tiles[f"specialized 128 x {block_n}"] = tile
+        # in steps that divide the widths here, and without warps of two kinds
+        tiles["specialized 128 x 128"] = Tile("specialized", 128, 128, 64, 4, 3)
+        tiles["tma 128 x 256"] = Tile("tma", 128, 256, 64, 8, 3)
     found = {name: Plan(tile, tile) for name, tile in tiles.items()}
     return found | {"small": configs.formula(device, Shape(8, 768, 3072, itemsize, 64))}
 
@@ -181,6 +181,15 @@ def dense(plans: dict[str, Plan], dtype: torch.dtype) -> Iterator[tuple[str, flo
         out_TO = torch.full((130, 160), torch.nan, dtype=dtype)
         launch.linear(x_TI, weight_OI, bias_O, out_TO, plan.up, gelu=True)
         yield f"dense, {name}", off(out_TO, exact_TO)
+    # of a query, whose sum takes three steps on Hopper
+    x_TI, weight_OI = x_TI[:11].repeat(1, 3), weight_OI.repeat(1, 3) / 3
+    shape = configs.DenseShape(768, 3072, dtype.itemsize, len(x_TI), gelu=True)
+    tile = configs.dense_formula(launch.device(x_TI.device), shape)
+    if isinstance(tile, Tile):
+        exact_TO = torch.nn.functional.gelu(x_TI.double() @ weight_OI.double().T + bias_O.double())
+        out_TO = torch.full((11, 160), torch.nan, dtype=dtype)
+        launch.linear(x_TI, weight_OI, bias_O, out_TO, tile, gelu=True)
+        yield "dense, a query", off(out_TO, exact_TO)
 
 
 def attention(plans: dict[str, Plan], dtype: torch.dtype) -> Iterator[tuple[str, float]]:
@@ -190,7 +199,10 @@ def attention(plans: dict[str, Plan], dtype: torch.dtype) -> Iterator[tuple[str,
     positions_T = torch.cat([torch.arange(length) for length in lengths])
     few = AttentionTile("rotating", 16, 16, 4, 2)
     known = {
-        configs.attention_formula(configs.AttentionShape(64, dtype.itemsize, longest, 254))
+        configs.attention_formula(
+            launch.device(torch.device("cpu")),
+            configs.AttentionShape(64, dtype.itemsize, longest, 254),
+        )
         for longest in (16, 64, 220, 512)
     }
     for tile in sorted({few, few._replace(stages=1), *known}):
@@ -275,7 +287,7 @@ SPOILED = {
         "all wait",
     ),
     "a phase ahead": Spoil(
-        "layers", "specialized 128 x 256", "tma_kernel", r"(setp\.eq\.b64\s+\S+ \S+) 0;", r"\1 4;",
+        "layers", "specialized, 4 stages", "tma_kernel", r"(setp\.eq\.b64\s+\S+ \S+) 0;", r"\1 4;",
         "all wait",
     ),
     "phases from zero at each tile": Spoil(
@@ -339,6 +351,9 @@ SPOILED = {
 
 def spoiled(machine: Emulator, target: str, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
     found = plans(target, dtype.itemsize)
+    # a power of two of them shows where the assembly keeps the phases
+    even = Tile("specialized", 128, 256, 64, 4, 4)
+    found["specialized, 4 stages"] = Plan(even, even)
     for what, spoil in SPOILED.items():
         if spoil.target != target:
             continue

@@ -97,7 +97,11 @@ BAD = {
 SPECIAL = re.compile(r"%(tid|ctaid|nctaid)\.[xyz]")
 REGISTER = re.compile(r"%(rd|rs|r|p)\d+|complete_\d+")
 # what all threads of a warp do, or none
-UNGUARDED = set("ret bar barrier elect ldmatrix stmatrix mma wgmma setmaxnreg".split())
+UNGUARDED = set(
+    "ret bar barrier elect ldmatrix stmatrix mma wgmma setmaxnreg griddepcontrol".split()
+)
+# what may not come before a wait for the kernel ahead, or may pass it by
+TOUCHES = re.compile(r"(ld|st)\.global|cp\.async|bra|ret")
 # what ends a run of instructions: a branch, and where a warp may have to wait
 ENDS = re.compile(r"bra|ret|bar\.sync|barrier\.sync|mbarrier\.try_wait")
 
@@ -141,6 +145,7 @@ class Program:
         self._runs: list[list[Statement]] = []
         body = text[text.index("{", text.index(".reqntid")) + 1 :].partition("$L__func_end")[0]
         self._read(body)
+        self._check_wait()
         self.code = [self._function(number) for number in range(len(self._runs))]
         self._passed: list[set[int]] = []
 
@@ -171,6 +176,17 @@ class Program:
                     self._runs.append(run)
                     run = []
         self._runs.append([*run, Statement("ret", [], None)])
+
+    def _check_wait(self) -> None:
+        """See that a kernel which may begin before the one ahead is done waits for it first."""
+        opcodes = [statement.opcode for run in self._runs for statement in run]
+        if not any(one.startswith("griddepcontrol") for one in opcodes):
+            return
+        for opcode in opcodes:
+            if opcode == "griddepcontrol.wait":
+                return
+            if TOUCHES.match(opcode):
+                raise ValueError(f"{self.name}: {opcode} before the kernel ahead is done")
 
     def registers(self) -> list[Any]:
         """A warp's registers before the first instruction: nothing that means anything."""
@@ -354,8 +370,8 @@ class Program:
     def _nothing(self, *rest: Any) -> list[str]:
         return []
 
-    # how many registers a warp has is not modelled
-    _setmaxnreg = _nothing
+    # how many registers a warp has is not modelled, nor kernels beside each other
+    _setmaxnreg = _griddepcontrol = _nothing
 
     def _fence(self, opcode: str, operands: list[str], threads: str, *rest: Any) -> list[str]:
         if opcode.startswith("fence.proxy.tensormap"):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nomoe_kernels import fused, reference
+from nomoe_kernels import configs, fused, launch, reference
 from nomoe_kernels.configs import AttentionTile
 from tests.test_fused_ops import BOUNDS, CUDA, DEVICE, DTYPES, poisoned
 
@@ -79,6 +79,23 @@ def test_the_longest_texts(kernel: str, lengths: list[int]) -> None:
     # few blocks, for the interpreter's sake
     tile = tile_of(kernel, 64 if CUDA else 512, 32 if CUDA else 512)
     packing = fused.pack(lengths, positions_T, 2048, 16, 10000.0, torch.float32, tile=tile)
+    assert off(fused.attention(qkv_T3NH, packing), exact_TD) < BOUNDS[torch.float32]
+
+
+@pytest.mark.skipif(CUDA, reason="what a device of another kind would run")
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("capability", [(9, 0), (8, 0)])
+@pytest.mark.parametrize("lengths", [[32], [64, 1, 33], [31, 96, 65]], ids=str)
+def test_keys_that_do_not_fill_a_block(
+    lengths: list[int], capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On Hopper they come after those that do, and only they are asked whether they are there."""
+    device = configs.Device("a stand-in", capability, 132, 232_448)
+    monkeypatch.setattr(launch, "device", lambda _: device)
+    qkv_T3NH, positions_T = draw(lengths, (2, 16), torch.float32)
+    exact_TD = exact_attention(qkv_T3NH, positions_T, lengths)
+    tile = tile_of("rotated")
+    packing = fused.pack(lengths, positions_T, 4000, 16, 10000.0, torch.float32, tile=tile)
     assert off(fused.attention(qkv_T3NH, packing), exact_TD) < BOUNDS[torch.float32]
 
 

@@ -415,6 +415,27 @@ def test_blocks_may_not_keep_tensor_maps_in_one_place() -> None:
 
 
 @pytest.mark.parametrize(
+    ("before", "refused"),
+    [
+        ("mov.u32 %r1, %tid.x;", None),
+        ("ld.global.b32 {%r1}, [%rd1];", "ld.global.b32"),
+        ("st.global.b32 [%rd1], {%r1};", "st.global.b32"),
+        ("@%p1 bra $L__BB0_2;", "bra"),
+    ],
+)
+def test_a_kernel_waits_for_the_one_ahead_before_all_else(before: str, refused: str | None) -> None:
+    text = (
+        ".entry kernel(\n.param .u64 kernel_param_0\n)\n.reqntid 32\n{\n"
+        f"griddepcontrol.launch_dependents;\n{before}\ngriddepcontrol.wait;\n$L__BB0_2:\nret;\n}}\n"
+    )
+    if refused is None:
+        Program(text)
+        return
+    with pytest.raises(ValueError, match=f"kernel: {refused} before the kernel ahead is done"):
+        Program(text)
+
+
+@pytest.mark.parametrize(
     "unknown",
     [
         "add.sat.s32 %r1, %r2, %r3",

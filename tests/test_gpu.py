@@ -95,8 +95,9 @@ def test_layer_at_every_size(count: int, dtype: torch.dtype) -> None:
     x_TD, weights = tokens_of(count, dtype), real_layer(dtype)
     out_TD, weights_TK, experts_TK = moe_layer(x_TD, *weights)
     plain = reference.moe_layer(x_TD, *weights, K)
-    torch.testing.assert_close(weights_TK, plain[1], atol=1e-6, rtol=0)
     exact_TD, probabilities_TE, exact_experts_TK = exact_layer(Layer(x_TD, *weights, K))
+    # plain torch's own are up to 1.4e-6 off at 20,000 tokens
+    assert (weights_TK - probabilities_TE.gather(1, experts_TK)).abs().max() < 1e-6
     # a token near a tie may go either way, against plain torch as against float64
     ranked_TK1 = probabilities_TE.sort(dim=1, descending=True)[0][:, : K + 1]
     is_clear_T = (-ranked_TK1.diff(dim=1)).amin(dim=1) > 1e-6

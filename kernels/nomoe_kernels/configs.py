@@ -24,6 +24,8 @@ MOST_SMALL_ROWS = 2048
 
 # the same for a product with one matrix
 DENSE_SMALL_ROWS = 64
+# and where no GELU follows, in 16 bits on Hopper, up to some inner width: a query
+DENSE_FEW_ROWS, DENSE_FEW_INNER = 32, 1024
 # Compute capabilities at which three passes of tf32 outrun float32 arithmetic: by the datasheets
 # tf32 has 8 times its rate on A100, 7 on H100 and 14 on B200, and at most twice on the others.
 TF32_PAYS = ((8, 0), (9, 0), (10, 0), (10, 3))
@@ -116,12 +118,14 @@ class AttentionShape(NamedTuple):
 
 
 # Tiles by falling efficiency: what a multiprocessor does per second on each, next to the first.
-# Estimates; an entry of tuned.json overrides them.
+# For Hopper in 16 bits measured on an H200 (benchmarks/results/2026-11-29-h200-tiles.md), the other
+# menus are estimates. An entry of tuned.json overrides them.
 WGMMA_16 = {
-    Tile("tma", 128, 256, 64, 8, 4): 1.0,
-    Tile("pointer", 128, 128, 64, 8, 4): 0.8,
-    Tile("pointer", 64, 128, 64, 4, 4): 0.65,
-    Tile("pointer", 32, 128, 64, 4, 4): 0.35,
+    Tile("specialized", 128, 256, 64, 4, 3): 1.0,
+    Tile("specialized", 128, 128, 128, 4, 3): 0.9,
+    Tile("pointer", 128, 128, 64, 8, 3): 0.76,
+    Tile("pointer", 64, 128, 64, 4, 4): 0.62,
+    Tile("pointer", 32, 128, 64, 4, 4): 0.36,
 }
 MMA_16 = {
     Tile("pointer", 128, 128, 32, 8, 4): 1.0,
@@ -195,26 +199,30 @@ def attention(device: Device, shape: AttentionShape) -> AttentionTile:
 
 @lru_cache(maxsize=1024)
 def _attention(device: Device, shape: AttentionShape) -> AttentionTile:
-    return tuned_entries().attention.get((device.name, shape)) or attention_formula(shape)
+    return tuned_entries().attention.get((device.name, shape)) or attention_formula(device, shape)
 
 
-def attention_formula(shape: AttentionShape) -> AttentionTile:
-    """Blocks by the longest text; estimates.
+def attention_formula(device: Device, shape: AttentionShape) -> AttentionTile:
+    """Blocks by the longest text; in 16 bits on Hopper measured on an H200, else estimates.
 
-    Short texts take small blocks of queries; three passes of tf32 leave registers for 64. Every
-    block of queries rotates all keys again: with more than two to a text, rotating them once, at
-    the cost of a launch and of reading and writing q and k, should gain. Whether torch's attention
-    is faster is for the table to say.
+    Every block of queries rotates all keys again: with more than two to a text, rotating them once,
+    at the cost of a launch and of reading and writing q and k, gains. Torch's attention was slower
+    at all lengths. Keys that are rotated while others are fetched have Hopper's products wait for
+    each other; there they come one block at a time.
     """
-    most = 64 if shape.itemsize == 4 else 128
+    is_measured = device.capability == (9, 0) and shape.itemsize == 2
+    # three passes of tf32 leave registers for less
+    most = 64 if is_measured or shape.itemsize == 4 else 128
     block_m = min(max(16, 1 << max(shape.longest - 1, 0).bit_length()), most)
-    return AttentionTile(
-        "rotating" if shape.longest <= 2 * block_m else "rotated",
-        block_m,
-        16 if shape.itemsize == 4 else 64,
-        8 if block_m == 128 else 4,
-        2,
+    kernel: Literal["rotating", "rotated"] = (
+        "rotating" if shape.longest <= 2 * block_m else "rotated"
     )
+    if is_measured:
+        if kernel == "rotated":
+            return AttentionTile(kernel, 64, 64, 4, 3)
+        return AttentionTile(kernel, block_m, block_m, 4, 1 if block_m == 64 else 2)
+    block_n = 16 if shape.itemsize == 4 else 32 if block_m == 32 else 64
+    return AttentionTile(kernel, block_m, block_n, 8 if block_m == 128 else 4, 2)
 
 
 class Tuned(NamedTuple):
@@ -262,15 +270,19 @@ def formula(device: Device, shape: Shape) -> Plan:
 
 
 def dense_formula(device: Device, shape: DenseShape) -> Tile | Literal["library"]:
-    """Own kernels where they should gain, the library elsewhere; estimates.
+    """Own kernels where they gain, the library elsewhere; measured on an H200, estimates elsewhere.
 
-    In 16 bits the library multiplies faster than any kernel here, but a GELU of its own then reads
-    and writes the result once more, which costs about as much as the library gains on many rows,
-    and a launch on few. In float32 the library does not use tensor cores.
+    In 16 bits the library multiplies faster than any kernel here, by 10 to 40 %. But a GELU of its
+    own reads and writes the result once more, and its kernels begin only when the one before is
+    done, which counts where all of them are short. In float32 the library does not use tensor
+    cores.
     """
     is_few = shape.rows <= SMALL_ROWS
     if shape.itemsize == 4 and device.capability not in (*TF32_PAYS, (0, 0)):
         return "library"
+    is_hopper = device.capability == (9, 0) and shape.itemsize == 2
+    if is_hopper and shape.rows <= DENSE_FEW_ROWS and shape.inner <= DENSE_FEW_INNER:
+        return _dense_small(device, shape)
     # with few rows only a split inner width keeps a device busy
     if not shape.gelu and (is_few or shape.itemsize == 2 or device.capability not in TF32_PAYS):
         return "library"
@@ -281,8 +293,12 @@ def dense_formula(device: Device, shape: DenseShape) -> Tile | Literal["library"
 
 
 def _dense_small(device: Device, shape: DenseShape) -> Tile:
-    """Columns so few that most multiprocessors have some."""
+    """Columns so few that most multiprocessors have some; on Hopper, deep blocks instead."""
     block_m = 16 if shape.rows <= 16 else 32
+    if device.capability == (9, 0) and shape.itemsize == 2:
+        if shape.rows > DENSE_FEW_ROWS:
+            return Tile("small", 64, 64, 128, 4, 4)
+        return Tile("small", block_m, 64, 256, 4, 3)
     block_k, stages = (32, 3) if shape.itemsize == 4 else (128, 4)
     tile = Tile("small", block_m, 32, block_k, 4, stages)
     if tile.shared_memory(shape.itemsize) > device.shared_memory:
@@ -325,8 +341,8 @@ def candidates(device: Device, itemsize: int, experts: int, inner: int) -> Itera
         warps = 8 if block_m * block_n > 64 * 128 and kernel != "specialized" else 4
         tile = Tile(kernel, block_m, block_n, block_k, warps, stages)
         fits = tile.shared_memory(itemsize) <= device.shared_memory
-        # three passes of tf32 and gathered rows leave no registers for the largest block
-        is_too_large = block_n == 256 and (itemsize == 4 or kernel == "pointer")
+        # three passes of tf32 leave no registers for the largest block
+        is_too_large = block_n == 256 and itemsize == 4
         # fewer rows than 128 give both groups of multiplying warps the same half
         is_wasteful = kernel == "specialized" and block_m < 128
         if fits and supports(tile, experts, inner, itemsize) and not (is_too_large or is_wasteful):
@@ -348,27 +364,27 @@ def dense_candidates(device: Device, shape: DenseShape) -> Iterator[Tile]:
     yield from candidates(device, shape.itemsize, 1, shape.inner)
     if shape.rows > MOST_SMALL_ROWS:
         return
-    for block_m, block_n, block_k in itertools.product((16, 32, 64), (16, 32, 64), (64, 128)):
-        tile = Tile("small", block_m, block_n, block_k, 4, 4)
+    for block_m, block_n, (block_k, stages) in itertools.product(
+        (16, 32, 64), (16, 32, 64), ((128, 4), (256, 3), (256, 4))
+    ):
+        tile = Tile("small", block_m, block_n, block_k, 4, stages)
         if tile.shared_memory(shape.itemsize) <= device.shared_memory:
             yield tile
 
 
-def attention_candidates(shape: AttentionShape) -> Iterator[AttentionTile]:
+def attention_candidates(device: Device, shape: AttentionShape) -> Iterator[AttentionTile]:
     """The forms and blocks of attention that are worth measuring."""
-    formula = attention_formula(shape)
+    formula = attention_formula(device, shape)
     kernels: tuple[Literal["rotating", "rotated"], ...] = ("rotating", "rotated")
-    for kernel, block_m, block_n in itertools.product(
-        kernels, (16, 32, 64, 128), (16, 32, 64, 128)
-    ):
+    blocks = [block for block in (16, 32, 64, 128) if block < 2 * shape.longest or block == 16]
+    for kernel, block_m, block_n in itertools.product(kernels, blocks, blocks):
         # three passes of tf32 leave registers for less
         if shape.itemsize == 2 or block_m * block_n <= 64 * 32:
             tile = AttentionTile(kernel, block_m, block_n, 8 if block_m == 128 else 4, 2)
             yield tile
-            if kernel == "rotating":
-                # keys that were rotated while others are fetched have Hopper's products wait for
-                # each other; without, they do not
-                yield tile._replace(stages=1)
+            # keys that are rotated while others are fetched have Hopper's products wait for each
+            # other; without, they do not
+            yield tile._replace(stages=1 if kernel == "rotating" else 3)
     if shape.itemsize == 2:
         yield formula._replace(kernel="varlen")
 
@@ -403,8 +419,8 @@ def supports(tile: Tile, experts: int, inner: int, itemsize: int) -> bool:
 
 
 def small_block(shape: Shape) -> int:
-    """How many rows at once: all where they are few, else about what an expert has."""
-    return 16 if shape.rows <= 16 or 32 < shape.rows <= 16 * shape.experts else 32
+    """How many rows at once: all where they are few, else what few experts have more of."""
+    return 16 if shape.rows <= 16 or 32 < shape.rows <= 8 * shape.experts else 32
 
 
 def _small(device: Device, shape: Shape, splits: int) -> Tile:

@@ -548,10 +548,9 @@ def _run(
     is_small = tiles.up.kernel == "small"
     row_weights_R = weights_TK.flatten()
     h_RF = rows_TD.new_empty(R, F)
-    counts_PE, chunk = launch.route(
+    launch.route(
         x_TD, moe.router_ED, weights_TK, experts_TK,
-        normalize=moe.normalize, rounded_TD=rounded_TD, added=before, counts=not is_small,
-        live=live,
+        normalize=moe.normalize, rounded_TD=rounded_TD, added=before, live=live,
     )  # fmt: skip
 
     if is_small:
@@ -560,11 +559,11 @@ def _run(
         launch.small_gemm(rows_TD, w1_EDF, experts_TK, h_RF[None], tiles.up, gelu=True, divisor=K)
         launch.small_gemm(h_RF, w2_EFD, experts_TK, y_SRD, tiles.down, row_weights_R=row_weights_R)
     else:
-        assert counts_PE is not None
+        counts_PE, chunk = launch.count(experts_TK, E)
         # the tensor memory accelerator of Hopper cannot gather rows
         is_sorted = tiles.up.kernel != "pointer"
         order_R, ends_E, sorted_RD = launch.permute(
-            experts_TK, counts_PE, chunk * K, rows_TD if is_sorted else None
+            experts_TK, counts_PE, chunk, rows_TD if is_sorted else None
         )
         launch.grouped_gemm(
             rows_TD if sorted_RD is None else sorted_RD, w1_EDF, ends_E, h_RF, tiles.up,

@@ -19,6 +19,9 @@ from .reference import Norm, Pooling
 # Triton shows a kernel to other threads before the driver has loaded it
 # (https://github.com/triton-lang/triton/pull/11518)
 LAUNCHING = RLock()
+# tokens, or rows of their experts, up to which kernels are so short that beginning one before the
+# last is done pays
+OVERLAPPED_ROWS = 256
 # programs that share the routing of a batch: four to a multiprocessor of an H200
 ROUTING_PROGRAMS = 528
 
@@ -32,39 +35,30 @@ def route(
     normalize: bool,
     rounded_TD: Tensor | None = None,
     added: tuple[Tensor, Norm] | None = None,
-    counts: bool = False,
     live: Tensor | None = None,
-) -> tuple[Tensor | None, int]:
-    """Fill the weights and experts; the counts of each program if asked, and its tokens."""
+) -> None:
+    """Fill the weights and experts; one warp a token."""
     (T, D), E, K = x_TD.shape, len(router_weight_ED), weights_TK.shape[1]
     if T == 0:
-        return None, 0
-    if counts:
-        # who orders the rows reads all counts, so their number is bounded. Two rows to a warp: with
-        # one, and the counts, the compiler runs out of registers
-        (programs, chunk), block_t, warps = share(T, 16), 16, 8
-        counts_PE = experts_TK.new_empty(programs, E, dtype=torch.int32)
-    else:
-        programs, chunk, block_t, warps, counts_PE = triton.cdiv(T, 4), 4, 4, 4, None
+        return
     y_TD, norm = added or (None, NO_NORM)
     with on(x_TD):
-        routing.route_kernel[(programs,)](
+        routing.route_kernel[(triton.cdiv(T, 4),)](
             x_TD, y_TD, norm.weight_D, norm.bias_D, router_weight_ED, rounded_TD,
-            weights_TK, experts_TK, counts_PE, live, T, chunk, norm.eps,
-            D=D, E=E, K=K, NORMALIZE=normalize, BLOCK_T=block_t, PIECE=piece(x_TD),
-            BLOCK_E=power_of_two(E), BLOCK_K=power_of_two(K), num_warps=warps,
+            weights_TK, experts_TK, live, T, norm.eps,
+            D=D, E=E, K=K, NORMALIZE=normalize, BLOCK_T=4, PIECE=piece(x_TD),
+            BLOCK_E=power_of_two(E), BLOCK_K=power_of_two(K), **overlap(x_TD),
         )  # fmt: skip
-    return counts_PE, chunk
 
 
 def count(experts_TK: Tensor, experts: int) -> tuple[Tensor, int]:
-    """The counts of each program for `permute`, and its rows."""
+    """Rows of each expert among each program's of `permute`, and how many those are."""
     programs, chunk = share(experts_TK.numel(), 16)
     counts_PE = experts_TK.new_empty(programs, experts, dtype=torch.int32)
     with on(experts_TK):
         routing.count_kernel[(programs,)](
             experts_TK, counts_PE, experts_TK.numel(), chunk,
-            E=experts, BLOCK_R=16, BLOCK_E=power_of_two(experts),
+            E=experts, BLOCK_R=16, BLOCK_E=power_of_two(experts), **overlap(experts_TK),
         )  # fmt: skip
     return counts_PE, chunk
 
@@ -81,8 +75,8 @@ def permute(
     with on(experts_TK):
         routing.permute_kernel[(programs,)](
             experts_TK, counts_PE, x_TD, order_R, ends_E, sorted_RD, R, chunk,
-            D=D, E=E, K=K, BLOCK_R=16, BLOCK_D=power_of_two(D), BLOCK_E=power_of_two(E),
-            BLOCK_P=max(1, 512 // power_of_two(E)),
+            D=D, E=E, K=K, BLOCK_R=16, PIECE=1 if x_TD is None else piece(x_TD),
+            BLOCK_E=power_of_two(E), BLOCK_P=max(1, 512 // power_of_two(E)), **overlap(experts_TK),
         )  # fmt: skip
     return order_R, ends_E, sorted_RD
 
@@ -120,7 +114,7 @@ def grouped_gemm(
                 GELU=gelu, EXACT_GELU=rows_RI.dtype == torch.float32,
                 PRECISION=precision(rows_RI), BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
                 BLOCK_K=tile.block_k, BLOCK_E=power_of_two(E),
-                num_warps=tile.warps, num_stages=tile.stages,
+                num_warps=tile.warps, num_stages=tile.stages, **overlap(rows_RI),
             )  # fmt: skip
             return
         for name, tensor in (("rows", rows_RI), ("weight", weight_EIO)):
@@ -165,6 +159,7 @@ def small_gemm(
             GELU=gelu, EXACT_GELU=rows_RI.dtype == torch.float32, PRECISION=precision(rows_RI),
             SPLITS=tile.splits, HOLDS_ALL=holds_all, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
             BLOCK_K=tile.block_k, BLOCK_R=block_r, num_warps=tile.warps, num_stages=tile.stages,
+            **overlap(rows_RI),
         )  # fmt: skip
 
 
@@ -203,6 +198,7 @@ def unpermute(
         routing.unpermute_kernel[(triton.cdiv(T, 4),)](
             rows_SRD, bias_D, residual_TD, norm.weight_D, norm.bias_D, out_TD, T, norm.eps,
             D=D, K=top_k, PARTS=len(rows_SRD), BLOCK_T=4, PIECE=piece(rows_SRD),
+            **overlap(out_TD),
         )  # fmt: skip
 
 
@@ -214,6 +210,7 @@ def add_layer_norm(x_TD: Tensor, y_TD: Tensor, norm: Norm, out_TD: Tensor) -> No
             routing.add_layer_norm_kernel[(triton.cdiv(T, 4),)](
                 x_TD, y_TD, norm.weight_D, norm.bias_D, out_TD, T, norm.eps,
                 D=D, Y_STRIDE=0 if y_TD.dim() == 1 else D, BLOCK_T=4, PIECE=piece(x_TD),
+                **overlap(x_TD),
             )  # fmt: skip
 
 
@@ -224,17 +221,20 @@ def embed(ids_T: Tensor, words_VD: Tensor, type_D: Tensor, norm: Norm, out_TD: T
         with on(words_VD):
             packed.embed_kernel[(triton.cdiv(T, 4),)](
                 ids_T, words_VD, type_D, norm.weight_D, norm.bias_D, out_TD, T, norm.eps,
-                D=D, BLOCK_T=4, PIECE=piece(words_VD),
+                D=D, BLOCK_T=4, PIECE=piece(words_VD), **overlap(words_VD),
             )  # fmt: skip
 
 
 def rotate(qkv_T3NH: Tensor, positions_T: Tensor, cos: Tensor, sin: Tensor) -> None:
     """Rotate q and k in place."""
     T, _, N, H = qkv_T3NH.shape
+    # heads that share the loads of their angles
+    heads = max(count for count in (1, 2, 3, 4, 6) if 2 * N % count == 0)
     with on(qkv_T3NH):
-        packed.rotate_kernel[(triton.cdiv(T, 32), 2 * N)](
+        packed.rotate_kernel[(triton.cdiv(T, 32), 2 * N // heads)](
             qkv_T3NH, positions_T, cos, sin, T,
-            N=N, H=H, BLOCK_T=32, BLOCK_HALF=power_of_two(H // 2),
+            N=N, H=H, HEADS=heads, BLOCK_T=32, BLOCK_HALF=power_of_two(H // 2),
+            **overlap(qkv_T3NH),
         )  # fmt: skip
 
 
@@ -249,12 +249,17 @@ def attention(
 ) -> None:
     """One program for each block of queries and head."""
     _, _, N, H = qkv_T3NH.shape
+    rotates = tile.kernel == "rotating"
+    # short texts are hardly more than a tail, and elsewhere two loops take more registers than are
+    # at hand
+    has_tail = not rotates and device(qkv_T3NH.device).capability == (9, 0)
     with on(qkv_T3NH):
         packed.attention_kernel[(len(blocks), N)](
             qkv_T3NH, positions_T, cos, sin, blocks, out_TNH,
-            N=N, H=H, ROTATE=tile.kernel == "rotating", PRECISION=precision(qkv_T3NH),
+            N=N, H=H, ROTATE=rotates, TAIL=has_tail, PRECISION=precision(qkv_T3NH),
             BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_HALF=max(16, power_of_two(H // 2)),
             BLOCK_H=max(16, power_of_two(H)), num_warps=tile.warps, num_stages=tile.stages,
+            **overlap(qkv_T3NH),
         )  # fmt: skip
 
 
@@ -268,6 +273,7 @@ def pool(hidden_TD: Tensor, bounds: Tensor, out_BD: Tensor, pooling: Pooling) ->
                 hidden_TD, bounds, out_BD, pooling.dim, D=D,
                 NORMALIZE_BEFORE=pooling.normalize_before, NORMALIZE_AFTER=pooling.normalize_after,
                 BLOCK_T=max(1, min(16, 16_384 // power_of_two(D))), BLOCK_D=power_of_two(D),
+                **overlap(hidden_TD),
             )  # fmt: skip
 
 
@@ -309,6 +315,19 @@ def piece(x_TD: Tensor) -> int:
 def precision(rows: Tensor) -> str:
     """How tl.dot multiplies float32; on AMD and under the interpreter plain float32."""
     return "tf32x3" if is_nvidia(rows) and rows.dtype == torch.float32 else "ieee"
+
+
+def overlap(tensor: Tensor) -> dict[str, bool]:
+    """How a kernel is launched: over few rows it may begin before the one ahead of it is done.
+
+    Programmatic dependent launch, from Hopper on. On an H200 it took 12 % off a query of 16 tokens
+    in float16, added 2 % to a text of 512, and changed nothing for 4,096 and more.
+    """
+    if len(tensor) > OVERLAPPED_ROWS or not is_nvidia(tensor):
+        return {"OVERLAP": False}
+    if device(tensor.device).capability < (9, 0):
+        return {"OVERLAP": False}
+    return {"OVERLAP": True, "launch_pdl": True}
 
 
 def is_nvidia(tensor: Tensor) -> bool:

@@ -9,7 +9,20 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .routing import add_pieces, layer_norm, load_pieces, store_pieces
+from .routing import add_pieces, layer_norm, load_pieces, store_pieces, wait_for_previous
+
+
+@triton.jit
+def load_angles(
+    tokens_M, is_token_M, positions_ptr, cos_ptr, sin_ptr, HALF: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Cosine and sine of each token's angles, (M, H / 2) float32."""
+    half = tl.arange(0, BLOCK)
+    inside = is_token_M[:, None] & (half < HALF)[None, :]
+    positions_M = tl.load(positions_ptr + tokens_M, mask=is_token_M, other=0)
+    angles = positions_M[:, None] * HALF + half[None, :]
+    cos = tl.load(cos_ptr + angles, mask=inside, other=0.0)
+    return cos, tl.load(sin_ptr + angles, mask=inside, other=0.0)
 
 
 @triton.jit
@@ -17,9 +30,8 @@ def load_rotated(
     ptr,
     tokens_M,
     is_token_M,
-    positions_ptr,
-    cos_ptr,
-    sin_ptr,
+    cos,
+    sin,
     STRIDE: tl.constexpr,
     HALF: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
@@ -30,10 +42,6 @@ def load_rotated(
     offsets = tokens_M.to(tl.int64)[:, None] * STRIDE + half[None, :]
     a = tl.load(ptr + offsets, mask=inside, other=0.0)
     b = tl.load(ptr + offsets + HALF, mask=inside, other=0.0)
-    positions_M = tl.load(positions_ptr + tokens_M, mask=is_token_M, other=0)
-    angles = positions_M[:, None] * HALF + half[None, :]
-    cos = tl.load(cos_ptr + angles, mask=inside, other=0.0)
-    sin = tl.load(sin_ptr + angles, mask=inside, other=0.0)
     first = a.to(tl.float32) * cos - b.to(tl.float32) * sin
     second = b.to(tl.float32) * cos + a.to(tl.float32) * sin
     return first.to(a.dtype), second.to(a.dtype)
@@ -48,33 +56,98 @@ def rotate_kernel(
     T,
     N: tl.constexpr,
     H: tl.constexpr,
+    HEADS: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
-    """Rotate q and k in place. Grid (blocks of tokens, 2 * N): a program owns one head of some."""
+    """Rotate q and k in place; program (b, h) owns HEADS of their heads, and loads angles once."""
+    wait_for_previous(OVERLAP)
     HALF: tl.constexpr = H // 2
     STRIDE: tl.constexpr = 3 * N * H
     tokens_T = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     is_token_T = tokens_T < T
-    head_ptr = qkv_ptr + tl.program_id(1) * H
-    first, second = load_rotated(
-        head_ptr, tokens_T, is_token_T, positions_ptr, cos_ptr, sin_ptr, STRIDE, HALF, BLOCK_HALF
-    )
+    cos, sin = load_angles(tokens_T, is_token_T, positions_ptr, cos_ptr, sin_ptr, HALF, BLOCK_HALF)
     half = tl.arange(0, BLOCK_HALF)
     inside = is_token_T[:, None] & (half < HALF)[None, :]
     offsets = tokens_T.to(tl.int64)[:, None] * STRIDE + half[None, :]
-    tl.store(head_ptr + offsets, first, mask=inside)
-    tl.store(head_ptr + offsets + HALF, second, mask=inside)
+    for head in tl.static_range(HEADS):
+        head_ptr = qkv_ptr + (tl.program_id(1) * HEADS + head) * H
+        first, second = load_rotated(
+            head_ptr, tokens_T, is_token_T, cos, sin, STRIDE, HALF, BLOCK_HALF
+        )
+        tl.store(head_ptr + offsets, first, mask=inside)
+        tl.store(head_ptr + offsets + HALF, second, mask=inside)
 
 
 @triton.jit
 def load_head(
-    ptr, tokens_M, is_token_M, STRIDE: tl.constexpr, H: tl.constexpr, BLOCK: tl.constexpr
+    ptr,
+    tokens_M,
+    is_token_M,
+    STRIDE: tl.constexpr,
+    H: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ALL: tl.constexpr,
 ):
-    """A head's rows, (M, H), zero where there is none."""
+    """A head's rows, (M, H), zero where there is none; with ALL there is none that is not."""
     columns = tl.arange(0, BLOCK)
-    offsets = tokens_M.to(tl.int64)[:, None] * STRIDE + columns[None, :]
-    return tl.load(ptr + offsets, mask=is_token_M[:, None] & (columns < H)[None, :], other=0.0)
+    ptrs = ptr + tokens_M.to(tl.int64)[:, None] * STRIDE + columns[None, :]
+    if ALL and BLOCK == H:
+        return tl.load(ptrs)
+    return tl.load(ptrs, mask=is_token_M[:, None] & (columns < H)[None, :], other=0.0)
+
+
+@triton.jit
+def attend(
+    state,
+    q,
+    k_ptr,
+    positions_ptr,
+    cos_ptr,
+    sin_ptr,
+    start,
+    length,
+    first_key,
+    scale,
+    N: tl.constexpr,
+    H: tl.constexpr,
+    ROTATE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_HALF: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    ALL: tl.constexpr,
+):
+    """Take BLOCK_N keys more into the running maximum, sum and product; all are there with ALL."""
+    HALF: tl.constexpr = H // 2
+    STRIDE: tl.constexpr = 3 * N * H
+    maximum_M, sum_M, acc_MH = state
+    keys_N = first_key + tl.arange(0, BLOCK_N)
+    is_key_N = keys_N < length
+    if ROTATE:
+        cos, sin = load_angles(
+            start + keys_N, is_key_N, positions_ptr, cos_ptr, sin_ptr, HALF, BLOCK_HALF
+        )
+        ka_NH, kb_NH = load_rotated(
+            k_ptr, start + keys_N, is_key_N, cos, sin, STRIDE, HALF, BLOCK_HALF
+        )
+        scores_MN = tl.dot(q[0], tl.trans(ka_NH), input_precision=PRECISION)
+        scores_MN = tl.dot(q[1], tl.trans(kb_NH), scores_MN, input_precision=PRECISION)
+    else:
+        k_NH = load_head(k_ptr, start + keys_N, is_key_N, STRIDE, H, BLOCK_H, ALL)
+        scores_MN = tl.dot(q[0], tl.trans(k_NH), input_precision=PRECISION)
+    if not ALL:
+        scores_MN = tl.where(is_key_N[None, :], scores_MN, float("-inf"))
+    new_maximum_M = tl.maximum(maximum_M, tl.max(scores_MN, axis=1) * scale)
+    shrink_M = tl.exp2(maximum_M - new_maximum_M)
+    weights_MN = tl.exp2(scores_MN * scale - new_maximum_M[:, None])
+    sum_M = sum_M * shrink_M + tl.sum(weights_MN, axis=1)
+    v_NH = load_head(k_ptr + N * H, start + keys_N, is_key_N, STRIDE, H, BLOCK_H, ALL)
+    acc_MH = tl.dot(
+        weights_MN.to(v_NH.dtype), v_NH, acc_MH * shrink_M[:, None], input_precision=PRECISION
+    )
+    return new_maximum_M, sum_M, acc_MH
 
 
 @triton.jit
@@ -88,19 +161,23 @@ def attention_kernel(
     N: tl.constexpr,
     H: tl.constexpr,
     ROTATE: tl.constexpr,
+    TAIL: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
     BLOCK_H: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """softmax(rotate(q) @ rotate(k).T / sqrt(H)) @ v within each text, every key for every query.
 
     Grid (blocks, N): program (b, n) owns BLOCK_M queries of one text and head. With ROTATE queries
     and keys are rotated as they are loaded, in halves (a cos - b sin, b cos + a sin), and the
     products of the halves are summed, so they never need be joined; without it `rotate_kernel` has
-    done so. One pass over the keys, with a running maximum.
+    done so. One pass over the keys, with a running maximum. With TAIL only the last keys, which do
+    not fill a block, are asked whether they are of the text.
     """
+    wait_for_previous(OVERLAP)
     HALF: tl.constexpr = H // 2
     STRIDE: tl.constexpr = 3 * N * H
     head = tl.program_id(1)
@@ -113,40 +190,39 @@ def attention_kernel(
     q_ptr = qkv_ptr + head * H
     k_ptr = q_ptr + N * H
     if ROTATE:
-        qa_MH, qb_MH = load_rotated(
-            q_ptr, start + queries_M, is_query_M, positions_ptr, cos_ptr, sin_ptr,
-            STRIDE, HALF, BLOCK_HALF,
-        )  # fmt: skip
+        cos, sin = load_angles(
+            start + queries_M, is_query_M, positions_ptr, cos_ptr, sin_ptr, HALF, BLOCK_HALF
+        )
+        q = load_rotated(q_ptr, start + queries_M, is_query_M, cos, sin, STRIDE, HALF, BLOCK_HALF)
     else:
-        q_MH = load_head(q_ptr, start + queries_M, is_query_M, STRIDE, H, BLOCK_H)
+        q = (load_head(q_ptr, start + queries_M, is_query_M, STRIDE, H, BLOCK_H, False),)
     # exponentials to base 2
     scale = 1.4426950408889634 / tl.sqrt(H * 1.0)
-    maximum_M = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    sum_M = tl.zeros((BLOCK_M,), tl.float32)
-    acc_MH = tl.zeros((BLOCK_M, BLOCK_H), tl.float32)
-    for first_key in range(0, length, BLOCK_N):
-        keys_N = first_key + tl.arange(0, BLOCK_N)
-        is_key_N = keys_N < length
-        if ROTATE:
-            ka_NH, kb_NH = load_rotated(
-                k_ptr, start + keys_N, is_key_N, positions_ptr, cos_ptr, sin_ptr,
-                STRIDE, HALF, BLOCK_HALF,
+    state = (
+        tl.full((BLOCK_M,), float("-inf"), tl.float32),
+        tl.zeros((BLOCK_M,), tl.float32),
+        tl.zeros((BLOCK_M, BLOCK_H), tl.float32),
+    )
+    if not TAIL:
+        for first_key in range(0, length, BLOCK_N):
+            state = attend(
+                state, q, k_ptr, positions_ptr, cos_ptr, sin_ptr, start, length, first_key, scale,
+                N, H, ROTATE, PRECISION, BLOCK_N, BLOCK_HALF, BLOCK_H, False,
             )  # fmt: skip
-            scores_MN = tl.dot(qa_MH, tl.trans(ka_NH), input_precision=PRECISION)
-            scores_MN = tl.dot(qb_MH, tl.trans(kb_NH), scores_MN, input_precision=PRECISION)
-        else:
-            k_NH = load_head(k_ptr, start + keys_N, is_key_N, STRIDE, H, BLOCK_H)
-            scores_MN = tl.dot(q_MH, tl.trans(k_NH), input_precision=PRECISION)
-        scores_MN = tl.where(is_key_N[None, :], scores_MN * scale, float("-inf"))
-        new_maximum_M = tl.maximum(maximum_M, tl.max(scores_MN, axis=1))
-        shrink_M = tl.exp2(maximum_M - new_maximum_M)
-        weights_MN = tl.exp2(scores_MN - new_maximum_M[:, None])
-        sum_M = sum_M * shrink_M + tl.sum(weights_MN, axis=1)
-        v_NH = load_head(k_ptr + N * H, start + keys_N, is_key_N, STRIDE, H, BLOCK_H)
-        acc_MH = tl.dot(
-            weights_MN.to(v_NH.dtype), v_NH, acc_MH * shrink_M[:, None], input_precision=PRECISION
-        )
-        maximum_M = new_maximum_M
+    else:
+        whole = length // BLOCK_N * BLOCK_N
+        for first_key in range(0, whole, BLOCK_N):
+            state = attend(
+                state, q, k_ptr, positions_ptr, cos_ptr, sin_ptr, start, length, first_key, scale,
+                N, H, ROTATE, PRECISION, BLOCK_N, BLOCK_HALF, BLOCK_H, True,
+            )  # fmt: skip
+        # a loop of one turn or none: before a branch Triton 3.7 copies sums that are in flight
+        for first_key in tl.range(whole, length, BLOCK_N, num_stages=1):
+            state = attend(
+                state, q, k_ptr, positions_ptr, cos_ptr, sin_ptr, start, length, first_key, scale,
+                N, H, ROTATE, PRECISION, BLOCK_N, BLOCK_HALF, BLOCK_H, False,
+            )  # fmt: skip
+    _, sum_M, acc_MH = state
     columns_H = tl.arange(0, BLOCK_H)
     out_offsets = (start + queries_M).to(tl.int64)[:, None] * (N * H) + columns_H[None, :]
     tl.store(
@@ -169,8 +245,10 @@ def embed_kernel(
     D: tl.constexpr,
     BLOCK_T: tl.constexpr,
     PIECE: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """LayerNorm(words[id] + type) in float32; program p owns BLOCK_T tokens."""
+    wait_for_previous(OVERLAP)
     tokens_T = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     is_token_T = tokens_T < T
     ids_T = tl.load(ids_ptr + tokens_T, mask=is_token_T, other=0).to(tl.int64)
@@ -192,6 +270,7 @@ def pool_kernel(
     NORMALIZE_AFTER: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Mean over a text's tokens, L2 norm, the first `dim` features, L2 norm; all in float32.
 
@@ -200,6 +279,7 @@ def pool_kernel(
     bank. The order of every sum depends on the text's own length alone. A text without tokens gives
     NaN.
     """
+    wait_for_previous(OVERLAP)
     text = tl.program_id(0)
     start, stop = tl.load(bounds_ptr + text), tl.load(bounds_ptr + text + 1)
     columns_D = tl.arange(0, BLOCK_D)

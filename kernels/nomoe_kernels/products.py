@@ -18,6 +18,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .routing import wait_for_previous
+
 
 @triton.jit
 def gelu(x, EXACT: tl.constexpr):
@@ -133,12 +135,14 @@ def pointer_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_E: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """out[scatter[r]] = row_weight * gelu(rows[gather[r]] @ weight[expert of r] + bias).
 
     One program per tile; the grid is the most tiles R rows can make, and those to spare leave at
     once. Column tiles of one block of rows are neighbours, so that its rows stay in the L2 cache.
     """
+    wait_for_previous(OVERLAP)
     tiles_n: tl.constexpr = (O + BLOCK_N - 1) // BLOCK_N
     program = tl.program_id(0)
     if ends_ptr is None:
@@ -237,7 +241,11 @@ def tma_kernel(
         # a value of its own: to the row that a load starts at Triton 3.6 to 3.8 add 64 for the
         # second group of warps, wherever else that value stands
         first_row = tl.maximum(start, 0)
+        columns_N = column + tl.arange(0, BLOCK_N)
         acc_MN = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        if bias_ptr is not None:
+            bias_N = tl.load(bias_ptr + columns_N, mask=columns_N < O, other=0.0)
+            acc_MN += bias_N.to(tl.float32)[None, :]
         for k in range(0, I, BLOCK_K):
             a_MK = rows_desc.load([first_row, k])
             if O_CONTIGUOUS:
@@ -246,9 +254,8 @@ def tma_kernel(
                 b_KN = weight_desc.load([expert * O + column, k]).T
             acc_MN = tl.dot(a_MK, b_KN, acc_MN, input_precision=PRECISION)
         rows_M = start + tl.arange(0, BLOCK_M)
-        columns_N = column + tl.arange(0, BLOCK_N)
         finish_tile(
-            acc_MN, rows_M, rows_M < stop, columns_N, bias_ptr, scatter_ptr, row_weights_ptr,
+            acc_MN, rows_M, rows_M < stop, columns_N, None, scatter_ptr, row_weights_ptr,
             out_ptr, O, GELU, EXACT_GELU,
         )  # fmt: skip
 
@@ -275,6 +282,7 @@ def small_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """out[split, r] = row_weight * gelu(rows[r // GATHER_DIVISOR] @ weight[expert of r] + bias).
 
@@ -285,6 +293,7 @@ def small_kernel(
     16 narrow. Each split sums a part of I into its own copy of out; whoever reads them adds the
     copies.
     """
+    wait_for_previous(OVERLAP)
     tiles_n: tl.constexpr = (O + BLOCK_N - 1) // BLOCK_N
     blocks_k: tl.constexpr = (I + BLOCK_K - 1) // BLOCK_K
     split_width: tl.constexpr = (blocks_k + SPLITS - 1) // SPLITS * BLOCK_K

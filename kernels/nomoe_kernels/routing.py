@@ -11,6 +11,18 @@ import triton.language as tl
 
 
 @triton.jit
+def wait_for_previous(OVERLAP: tl.constexpr):
+    """Let the next kernel begin, and wait until the one before this is done.
+
+    What has to stand before anything that it wrote is read, and anything that it reads is written:
+    programs that are launched with overlap begin while the last of the kernel before still run.
+    """
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
 def mask_piece(is_row_T, piece: tl.constexpr, D: tl.constexpr, PIECE: tl.constexpr):
     """Where a piece lies in a row; a piece that cannot reach beyond D needs no look at columns."""
     columns = piece * PIECE + tl.arange(0, PIECE)
@@ -97,7 +109,7 @@ def add_to_logits(
     return tl.where(experts_E[None, :] == expert, logit_T[:, None], logits_TE)
 
 
-@triton.jit(do_not_specialize=["T", "chunk"])
+@triton.jit(do_not_specialize=["T"])
 def route_kernel(
     x_ptr,  # (T, D)
     y_ptr,  # (T, D) or None: LayerNorm(x + y) takes the place of x
@@ -107,10 +119,8 @@ def route_kernel(
     rounded_ptr,  # (T, D) or None: what the router reads, in the dtype of the experts
     weights_ptr,  # (T, K) float32
     experts_ptr,  # (T, K) int64
-    counts_ptr,  # (programs, E) int32 or None: rows of each expert among a program's tokens
     live_ptr,  # (1,) int32 or None: tokens from this one on are padding
     T,
-    chunk,  # tokens of one program
     eps,
     D: tl.constexpr,
     E: tl.constexpr,
@@ -120,82 +130,72 @@ def route_kernel(
     PIECE: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
-    """Residual sum and LayerNorm, router product, softmax over all E, top K, rows per expert.
+    """Residual sum and LayerNorm, router product, softmax over all E, top K.
 
-    Program p owns tokens [p * chunk, (p + 1) * chunk). Everything is computed in float32. A row is
-    held in pieces as wide as one warp loads, so that its sums stay within the warp. A token of
-    padding is not read: it gets expert E, which is none, and counts nowhere.
+    Program p owns tokens [p * BLOCK_T, (p + 1) * BLOCK_T). Everything is computed in float32. A row
+    is held in pieces as wide as one warp loads, so that its sums stay within the warp. A token of
+    padding is not read: it gets expert E, which is none.
     """
-    program = tl.program_id(0)
+    wait_for_previous(OVERLAP)
     experts_E = tl.arange(0, BLOCK_E)
     choices_K = tl.arange(0, BLOCK_K)
-    # summed over tokens at the end, where warps have to meet only once
-    counts_TE = tl.zeros((BLOCK_T, BLOCK_E), tl.int32)
-    start = program * chunk
-    stop = min(start + chunk, T)
-    for first in range(start, stop, BLOCK_T):
-        tokens_T = first + tl.arange(0, BLOCK_T)
-        is_token_T = tokens_T < stop
-        is_live_T = is_token_T
-        if live_ptr is not None:
-            is_live_T = is_token_T & (tokens_T < tl.load(live_ptr))
-        offsets_T = tokens_T.to(tl.int64) * D
-        x = load_pieces(x_ptr, offsets_T, is_live_T, D, PIECE)
-        if y_ptr is not None:
-            y = load_pieces(y_ptr, offsets_T, is_live_T, D, PIECE)
-            x = add_pieces(x, y, (D + PIECE - 1) // PIECE)
-            x = layer_norm(x, is_token_T, norm_weight_ptr, norm_bias_ptr, eps, D, PIECE)
-        if rounded_ptr is not None:
-            store_pieces(rounded_ptr, offsets_T, is_token_T, x, D, PIECE)
+    tokens_T = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    is_token_T = tokens_T < T
+    is_live_T = is_token_T
+    if live_ptr is not None:
+        is_live_T = is_token_T & (tokens_T < tl.load(live_ptr))
+    offsets_T = tokens_T.to(tl.int64) * D
+    x = load_pieces(x_ptr, offsets_T, is_live_T, D, PIECE)
+    if y_ptr is not None:
+        y = load_pieces(y_ptr, offsets_T, is_live_T, D, PIECE)
+        x = add_pieces(x, y, (D + PIECE - 1) // PIECE)
+        x = layer_norm(x, is_token_T, norm_weight_ptr, norm_bias_ptr, eps, D, PIECE)
+    if rounded_ptr is not None:
+        store_pieces(rounded_ptr, offsets_T, is_token_T, x, D, PIECE)
 
-        logits_TE = tl.full((BLOCK_T, BLOCK_E), float("-inf"), tl.float32)
-        # unrolled, the loads of all experts are in flight together; many experts would only make
-        # the program long
-        if E <= 16:
-            for expert in tl.static_range(E):
-                logits_TE = add_to_logits(
-                    logits_TE, x, is_token_T, router_ptr, expert, experts_E, D, PIECE
-                )
-        else:
-            for expert in range(E):
-                logits_TE = add_to_logits(
-                    logits_TE, x, is_token_T, router_ptr, expert, experts_E, D, PIECE
-                )
-        exponentials_TE = tl.exp(logits_TE - tl.max(logits_TE, axis=1)[:, None])
-        probabilities_TE = exponentials_TE / tl.sum(exponentials_TE, axis=1)[:, None]
+    logits_TE = tl.full((BLOCK_T, BLOCK_E), float("-inf"), tl.float32)
+    # unrolled, the loads of all experts are in flight together; many experts would only make
+    # the program long
+    if E <= 16:
+        for expert in tl.static_range(E):
+            logits_TE = add_to_logits(
+                logits_TE, x, is_token_T, router_ptr, expert, experts_E, D, PIECE
+            )
+    else:
+        for expert in range(E):
+            logits_TE = add_to_logits(
+                logits_TE, x, is_token_T, router_ptr, expert, experts_E, D, PIECE
+            )
+    exponentials_TE = tl.exp(logits_TE - tl.max(logits_TE, axis=1)[:, None])
+    probabilities_TE = exponentials_TE / tl.sum(exponentials_TE, axis=1)[:, None]
 
-        # NaN outranks every probability, so that the choice stays inside the E; columns beyond E
-        # rank below all
-        NAN_RANK: tl.constexpr = 2.0
-        is_nan_TE = probabilities_TE != probabilities_TE
-        ranks_TE = tl.where(is_nan_TE, NAN_RANK, probabilities_TE)
-        ranks_TE = tl.where((experts_E < E)[None, :], ranks_TE, -1.0)
-        weights_TK = tl.zeros((BLOCK_T, BLOCK_K), tl.float32)
-        experts_TK = tl.zeros((BLOCK_T, BLOCK_K), tl.int32)
-        for choice in tl.static_range(K):
-            best_T = tl.max(ranks_TE, axis=1)
-            is_best_TE = ranks_TE == best_T[:, None]
-            expert_T = tl.min(tl.where(is_best_TE, experts_E[None, :], BLOCK_E), axis=1)
-            hits_TE = experts_E[None, :] == expert_T[:, None]
-            ranks_TE = tl.where(hits_TE, -1.0, ranks_TE)
-            counts_TE += (hits_TE & is_live_T[:, None]).to(tl.int32)
-            weight_T = tl.where(best_T == NAN_RANK, float("nan"), best_T)
-            is_choice_K = (choices_K == choice)[None, :]
-            weights_TK = tl.where(is_choice_K, weight_T[:, None], weights_TK)
-            experts_TK = tl.where(is_choice_K, expert_T[:, None], experts_TK)
-        if NORMALIZE:
-            weights_TK /= tl.sum(weights_TK, axis=1)[:, None]
-        if live_ptr is not None:
-            experts_TK = tl.where(is_live_T[:, None], experts_TK, E)
-        inside_TK = is_token_T[:, None] & (choices_K < K)[None, :]
-        offsets_TK = tokens_T[:, None] * K + choices_K[None, :]
-        tl.store(weights_ptr + offsets_TK, weights_TK, mask=inside_TK)
-        tl.store(experts_ptr + offsets_TK, experts_TK.to(tl.int64), mask=inside_TK)
-
-    if counts_ptr is not None:
-        counts_E = tl.sum(counts_TE, axis=0)
-        tl.store(counts_ptr + program * E + experts_E, counts_E, mask=experts_E < E)
+    # NaN outranks every probability, so that the choice stays inside the E; columns beyond E
+    # rank below all
+    NAN_RANK: tl.constexpr = 2.0
+    is_nan_TE = probabilities_TE != probabilities_TE
+    ranks_TE = tl.where(is_nan_TE, NAN_RANK, probabilities_TE)
+    ranks_TE = tl.where((experts_E < E)[None, :], ranks_TE, -1.0)
+    weights_TK = tl.zeros((BLOCK_T, BLOCK_K), tl.float32)
+    experts_TK = tl.zeros((BLOCK_T, BLOCK_K), tl.int32)
+    for choice in tl.static_range(K):
+        best_T = tl.max(ranks_TE, axis=1)
+        is_best_TE = ranks_TE == best_T[:, None]
+        expert_T = tl.min(tl.where(is_best_TE, experts_E[None, :], BLOCK_E), axis=1)
+        ranks_TE = tl.where(experts_E[None, :] == expert_T[:, None], -1.0, ranks_TE)
+        weight_T = tl.where(best_T == NAN_RANK, float("nan"), best_T)
+        is_choice_K = (choices_K == choice)[None, :]
+        weights_TK = tl.where(is_choice_K, weight_T[:, None], weights_TK)
+        experts_TK = tl.where(is_choice_K, expert_T[:, None], experts_TK)
+    if NORMALIZE:
+        weights_TK /= tl.sum(weights_TK, axis=1)[:, None]
+    if live_ptr is not None:
+        experts_TK = tl.where(is_live_T[:, None], experts_TK, E)
+    inside_TK = is_token_T[:, None] & (choices_K < K)[None, :]
+    offsets_TK = tokens_T[:, None] * K + choices_K[None, :]
+    tl.store(weights_ptr + offsets_TK, weights_TK, mask=inside_TK)
+    tl.store(experts_ptr + offsets_TK, experts_TK.to(tl.int64), mask=inside_TK)
 
 
 @triton.jit(do_not_specialize=["R", "chunk"])
@@ -207,8 +207,10 @@ def count_kernel(
     E: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_E: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Rows of each expert among a program's [p * chunk, (p + 1) * chunk)."""
+    wait_for_previous(OVERLAP)
     program = tl.program_id(0)
     experts_E = tl.arange(0, BLOCK_E)
     counts_E = tl.zeros((BLOCK_E,), tl.int32)
@@ -235,9 +237,10 @@ def permute_kernel(
     E: tl.constexpr,
     K: tl.constexpr,
     BLOCK_R: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    PIECE: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_P: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """A stable counting sort by expert; also copies the rows of x into that order.
 
@@ -245,6 +248,7 @@ def permute_kernel(
     expert's rows of this program start is summed from the whole table, small enough for every
     program to read.
     """
+    wait_for_previous(OVERLAP)
     program = tl.program_id(0)
     programs = tl.num_programs(0)
     experts_E = tl.arange(0, BLOCK_E)
@@ -278,12 +282,12 @@ def permute_kernel(
         tl.store(order_ptr + position_R, rows_R.to(tl.int64), mask=is_row_R)
         next_E += tl.sum(hits_RE, axis=0)
         if sorted_ptr is not None:
-            columns_D = tl.arange(0, BLOCK_D)
-            inside_RD = is_row_R[:, None] & (columns_D < D)[None, :]
-            tokens_R = (rows_R // K).to(tl.int64)
-            x_RD = tl.load(x_ptr + tokens_R[:, None] * D + columns_D[None, :], mask=inside_RD)
-            to_R = position_R.to(tl.int64)
-            tl.store(sorted_ptr + to_R[:, None] * D + columns_D[None, :], x_RD, mask=inside_RD)
+            from_R = (rows_R // K).to(tl.int64) * D
+            to_R = position_R.to(tl.int64) * D
+            for piece in tl.static_range((D + PIECE - 1) // PIECE):
+                columns, inside = mask_piece(is_row_R, piece, D, PIECE)
+                x = tl.load(x_ptr + from_R[:, None] + columns[None, :], mask=inside)
+                tl.store(sorted_ptr + to_R[:, None] + columns[None, :], x, mask=inside)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -301,11 +305,13 @@ def unpermute_kernel(
     PARTS: tl.constexpr,
     BLOCK_T: tl.constexpr,
     PIECE: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Sum over each token's K rows, best expert first, plus the bias; residual and LayerNorm.
 
     Program p owns tokens [p * BLOCK_T, (p + 1) * BLOCK_T). Sums are float32, in a fixed order.
     """
+    wait_for_previous(OVERLAP)
     PIECES: tl.constexpr = (D + PIECE - 1) // PIECE
     tokens_T = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     is_token_T = tokens_T < T
@@ -339,8 +345,10 @@ def add_layer_norm_kernel(
     Y_STRIDE: tl.constexpr,
     BLOCK_T: tl.constexpr,
     PIECE: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """LayerNorm(x + y) in float32; program p owns tokens [p * BLOCK_T, (p + 1) * BLOCK_T)."""
+    wait_for_previous(OVERLAP)
     tokens_T = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     is_token_T = tokens_T < T
     rows_T = tokens_T.to(tl.int64)

@@ -264,6 +264,7 @@ def tune_dense(
 
 
 def tune_attention(
+    device: Device,
     shape: AttentionShape,
     heads: int,
     dtype: torch.dtype,
@@ -302,7 +303,7 @@ def tune_attention(
 
     timed = {
         tile: seconds_of(tile, partial(check, tile), partial(take_time, tile), bar)
-        for tile in dict.fromkeys(configs.attention_candidates(shape))
+        for tile in dict.fromkeys(configs.attention_candidates(device, shape))
     }
     best = min(timed, key=lambda tile: timed[tile])
     return _usable(best, timed[best])
@@ -401,7 +402,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     def attention(shape: AttentionShape) -> tuple[dict[str, Any], float]:
         heads = D // args.head_width
-        tile, seconds = tune_attention(shape, heads, dtype, where, args.repeats, bar)
+        tile, seconds = tune_attention(device, shape, heads, dtype, where, args.repeats, bar)
         return {"tile": tile._asdict()}, seconds
 
     works = []
