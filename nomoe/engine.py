@@ -623,15 +623,15 @@ def bytes_per_token(config: NomicMoEConfig, dtype: torch.dtype, *, fused: bool) 
     """Bytes of activations that a token adds to a forward at its widest, between two experts.
 
     There are the layer's input, what attention made of it, their sum and the result, D each; K rows
-    in expert order and K of the experts' results, D each; K rows in between, F each; and the
-    routing, three numbers of 8 bytes a choice. Plain torch holds two of the wide rows at a time,
-    and the results in float32 as well.
+    in expert order, D each, whose place the experts' results take; K rows in between, F each; and
+    the routing, three numbers of 8 bytes a choice. Plain torch holds the results beside the rows,
+    in float32 as well, and two of the wide rows at a time.
     """
     D, F, K = config.n_embd, config.ffn_width, config.moe_top_k
-    numbers = 4 * D + 2 * K * D + K * F
+    numbers = 4 * D + K * D + K * F
     if fused:
         return dtype.itemsize * numbers + 24 * K
-    return dtype.itemsize * (numbers + K * F) + 8 * K * D + 24 * K
+    return dtype.itemsize * (numbers + K * D + K * F) + 8 * K * D + 24 * K
 
 
 def _tables(

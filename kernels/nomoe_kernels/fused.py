@@ -569,12 +569,14 @@ def _run(
             rows_TD if sorted_RD is None else sorted_RD, w1_EDF, ends_E, h_RF, tiles.up,
             gelu=True, gather_R=order_R if sorted_RD is None else None, divisor=K,
         )  # fmt: skip
-        y_SRD = rows_TD.new_empty(1, R, D)
+        # what was copied into expert order is read no more, and has as many numbers as the result
+        y_RD = rows_TD.new_empty(R, D) if sorted_RD is None else sorted_RD
         # each row goes back beside its token's others, so that the sum reads straight through
         launch.grouped_gemm(
-            h_RF, w2_EFD, ends_E, y_SRD[0], tiles.down,
+            h_RF, w2_EFD, ends_E, y_RD, tiles.down,
             row_weights_R=row_weights_R, scatter_R=order_R,
         )  # fmt: skip
+        y_SRD = y_RD[None]
     launch.unpermute(y_SRD, moe.bias_D, out_TD, K, added=(rows_TD, after) if after else None)
     return out_TD, weights_TK, experts_TK
 
