@@ -20,9 +20,10 @@ logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 # a window holds about four batches of text, at some four characters per token, so that sorting by
-# length has something to sort; on a GPU, whose batches are large, about one, lest it wait long for
-# the first. And never so many short texts that the first result waits long
-_CHARACTERS_PER_BUDGET_TOKEN = 16
+# length has something to sort; where batches are large, as on a GPU, about one, lest it wait long
+# for the first. And never so many short texts that the first result waits long
+_CHARACTERS_PER_TOKEN = 4
+_BATCHES = 4
 _WINDOW_CHARACTERS = 262_144
 _WINDOW_TEXTS = 16_384
 
@@ -36,7 +37,8 @@ def windows(texts: Iterable[str], batch_tokens: int) -> Iterator[list[str]]:
     """
     window: list[str] = []
     characters = seen = 0
-    most = min(batch_tokens * _CHARACTERS_PER_BUDGET_TOKEN, _WINDOW_CHARACTERS)
+    batch = batch_tokens * _CHARACTERS_PER_TOKEN
+    most = max(batch, min(_BATCHES * batch, _WINDOW_CHARACTERS))
     for text in texts:
         check_texts([text], seen)
         seen += 1

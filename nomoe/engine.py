@@ -20,6 +20,7 @@ from bisect import bisect_left
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
+from itertools import chain
 from operator import getitem, itemgetter
 from typing import Any, NamedTuple, Protocol
 from weakref import WeakSet
@@ -271,7 +272,7 @@ class _Snapshot:
         ]
         self._holders = [parameters for parameters, _ in slots]
         self._names = [name for _, name in slots]
-        self._children = [dict(children) for children in map(_CHILDREN, self._modules)]
+        self._children = self._current_children()
         self._rest = self._current_rest(model)
         self._pointers = self._current_pointers()
 
@@ -281,7 +282,7 @@ class _Snapshot:
             return (
                 self._current_rest(model) == self._rest
                 and self._current_pointers() == self._pointers
-                and list(map(_CHILDREN, self._modules)) == self._children
+                and self._current_children() == self._children
                 # a recording runs no hooks
                 and not any(map(_HOOKS, self._modules))
                 and not any(map(_PRE_HOOKS, self._modules))
@@ -289,6 +290,9 @@ class _Snapshot:
         except (KeyError, AttributeError, TypeError):
             # a parameter is gone
             return False
+
+    def _current_children(self) -> list[tuple[str, object]]:
+        return list(chain.from_iterable(map(dict.items, map(_CHILDREN, self._modules))))
 
     def _current_pointers(self) -> list[int]:
         # looked up anew: a parameter may be another, or the same with other memory
@@ -571,8 +575,10 @@ class Engine:
         return Layout.of(lengths, self._tile(sum(lengths), max(lengths, default=1)))
 
     def _layout_in(self, bucket: Bucket) -> Layout:
-        # texts of a batch are alike, so the mean says how long the longest is
-        tile = self._tile(bucket.tokens, -(-bucket.tokens // bucket.texts))
+        # how long the longest is says the mean of the fewest texts that come here: blocks too large
+        # for texts cost less than blocks too small
+        fewest = 1 + max((texts for texts in BUCKET_TEXTS if texts < bucket.texts), default=0)
+        tile = self._tile(bucket.tokens, -(-bucket.tokens // fewest))
         return Layout.room(*bucket, tile)
 
     def _tile(self, tokens: int, longest: int) -> AttentionTile:

@@ -101,7 +101,7 @@ UNGUARDED = set(
     "ret bar barrier elect ldmatrix stmatrix mma wgmma setmaxnreg griddepcontrol".split()
 )
 # what may not come before a wait for the kernel ahead, or may pass it by
-TOUCHES = re.compile(r"(ld|st)\.global|cp\.async|bra|ret")
+TOUCHES = re.compile(r"(ld|st|atom|red)\S*\.global|cp\.async|bra|ret")
 # what ends a run of instructions: a branch, and where a warp may have to wait
 ENDS = re.compile(r"bra|ret|bar\.sync|barrier\.sync|mbarrier\.try_wait")
 

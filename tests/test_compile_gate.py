@@ -86,7 +86,7 @@ def faults(report: dict[str, Any]) -> set[str]:
             # one pass of tf32 is not float32
             found |= {"precision"} if options["PRECISION"] != "tf32x3" else set()
         # keys that are rotated on their way pass through registers
-        is_rotating = options.get("ROTATE") and options["num_stages"] == 1
+        is_rotating = is_hopper and options.get("ROTATE") and options["num_stages"] == 1
         if target.startswith("cuda") and not report["copies"] and not is_rotating:
             found.add("asynchronous copies")
         if options.get("SPECIALIZE") and not report["specialized"]:
@@ -114,6 +114,18 @@ def test_kernels_compile_well(
     assert kernels == {f"{name}_kernel" for name in every}
     wrong = [(faults(report), report) for report in reports[compiled] if faults(report)]
     assert not wrong
+
+
+@pytest.mark.slow
+def test_kernels_of_few_rows_overlap_on_hopper(
+    reports: dict[tuple[str, str], list[dict[str, Any]]],
+) -> None:
+    for target, overlaps in (("cuda:90", True), ("cuda:89", False), ("hip:gfx942", False)):
+        found = reports[target, "float16"]
+        overlapping = {report["kernel"] for report in found if report["options"].get("OVERLAP")}
+        # all but the one for many rows
+        kernels = {report["kernel"] for report in found} - {"tma_kernel"}
+        assert overlapping == (kernels if overlaps else set()), target
 
 
 # a tile that each check must refuse

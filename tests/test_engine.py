@@ -15,6 +15,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -360,9 +361,15 @@ def swap_children(model: Any) -> None:
     model[2][0], model[2][1] = model[2][1], model[2][0]
 
 
+def reorder_children(model: Any) -> None:
+    children = model[2]._modules
+    children["0"] = children.pop("0")
+
+
 @pytest.mark.parametrize(
     "change",
     [
+        reorder_children,
         take_away_a_bias,
         delete_a_weight,
         hook_before,
@@ -507,6 +514,13 @@ def test_the_real_model_replays() -> None:
             right = real.backend.ops.pool(hidden_TD, sizes, POOLING)
         torch.testing.assert_close(run(runner, sizes, seed=seed), right, atol=DRIFT, rtol=0)
     assert recorder.replays == 3
+
+
+def test_blocks_of_a_recording_are_not_for_shorter_texts_than_come(tiny_folder: Path) -> None:
+    """A bucket has room for up to four times as many texts as a batch has."""
+    runner = Engine(NomicMoEModel.from_pretrained(tiny_folder, device="cpu", backend="triton"))
+    for tokens, texts, block_m in ((4096, 256, 64), (1024, 1024, 16), (512, 1, 64)):
+        assert runner._layout_in(Bucket(tokens, texts)).tile.block_m == block_m
 
 
 # --- memory ---

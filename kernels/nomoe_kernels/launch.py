@@ -22,7 +22,7 @@ LAUNCHING = RLock()
 # tokens, or rows of their experts, up to which kernels are so short that beginning one before the
 # last is done pays
 OVERLAPPED_ROWS = 256
-# programs that share the routing of a batch: four to a multiprocessor of an H200
+# programs that share the ordering of a batch's rows: four to a multiprocessor of an H200
 ROUTING_PROGRAMS = 528
 
 
@@ -221,7 +221,7 @@ def embed(ids_T: Tensor, words_VD: Tensor, type_D: Tensor, norm: Norm, out_TD: T
         with on(words_VD):
             packed.embed_kernel[(triton.cdiv(T, 4),)](
                 ids_T, words_VD, type_D, norm.weight_D, norm.bias_D, out_TD, T, norm.eps,
-                D=D, BLOCK_T=4, PIECE=piece(words_VD), **overlap(words_VD),
+                D=D, BLOCK_T=4, PIECE=piece(words_VD), **overlap(out_TD),
             )  # fmt: skip
 
 
