@@ -22,8 +22,9 @@ SMALL_ROWS = 256
 # and those up to which it is worth a trial
 MOST_SMALL_ROWS = 2048
 
-# Rows from which on copying them into expert order for faster tiles gains: on an H200 less at
-# 2,048, the fewest that were measured there, than at more.
+# Rows from which on the formula takes tiles that read rows in expert order. On an H200 these were
+# faster at 2,048 rows and more, and few of them were timed at fewer; the copying of rows that comes
+# before was not timed with them, so where it pays is an estimate.
 SORTED_ROWS = 2048
 
 # the same as SMALL_ROWS for a product with one matrix
@@ -207,7 +208,7 @@ def _attention(device: Device, shape: AttentionShape) -> AttentionTile:
 
 
 def attention_formula(device: Device, shape: AttentionShape) -> AttentionTile:
-    """Blocks by the longest text; in 16 bits on Hopper measured on an H200, else estimates.
+    """Blocks by the longest text; in 16 bits on Hopper from times on an H200, else estimates.
 
     Every block of queries rotates all keys again: with more than two to a text, rotating them once,
     at the cost of a launch and of reading and writing q and k, gains. Torch's attention was slower
@@ -274,7 +275,7 @@ def formula(device: Device, shape: Shape) -> Plan:
 
 
 def dense_formula(device: Device, shape: DenseShape) -> Tile | Literal["library"]:
-    """Own kernels where they gain, the library elsewhere; measured on an H200, estimates elsewhere.
+    """Own kernels where they should gain, the library elsewhere; on Hopper from times on an H200.
 
     In 16 bits the library multiplies faster than any kernel here, by 1.1 to 2.1 times, most where
     rows are few and the sum is long. But a GELU of its own reads and writes the result once more,
