@@ -86,8 +86,8 @@ def faults(report: dict[str, Any]) -> set[str]:
         if target.startswith("cuda") and report["dtypes"][0] == "float32":
             # one pass of tf32 is not float32
             found |= {"precision"} if options["PRECISION"] != "tf32x3" else set()
-        # keys that are rotated on their way pass through registers; on an H200 32 texts of 128 tokens
-        # took 16.5 us so, and 21.8 with copies under way meanwhile
+        # keys that are rotated on their way pass through registers; on an H200 32 texts of 128
+        # tokens took 16.5 us so, and 21.8 with copies under way meanwhile
         is_rotating = is_hopper and options.get("ROTATE") and options["num_stages"] == 1
         if target.startswith("cuda") and not report["copies"] and not is_rotating:
             found.add("asynchronous copies")
