@@ -178,6 +178,7 @@ class NomicMoEModel(nn.Module):
         nn.Module.__init__(self)
         self.config = config
         self._backend_asked = backend
+        self._backend: Backend | None = None
         self._batch_invariant = batch_invariant
         self.embeddings = Embeddings(config)
         self.emb_ln = LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
@@ -283,8 +284,25 @@ class NomicMoEModel(nn.Module):
         # what becomes of an empty tensor tells where the weights will be, before they move
         backend = self._backend_for(fn(self.emb_ln.weight.new_empty(0)))
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self.backend = backend
+        self._backend = backend
         return self
+
+    @property
+    def backend(self) -> Backend:
+        """The kernels it runs on; chosen when first asked for, where they have not been.
+
+        Raises:
+            RuntimeError: The backend that was asked for cannot run where the weights are.
+        """
+        chosen = self._backend or self._backend_for(self.emb_ln.weight)
+        if chosen is None:
+            return Backend("torch", "its weights are on no device yet")
+        self._backend = chosen
+        return chosen
+
+    @backend.setter
+    def backend(self, backend: Backend) -> None:
+        self._backend = backend
 
     def choose_backend(self) -> None:
         """Take the kernels for where the weights are; moves, casts and loading do so themselves.
@@ -292,11 +310,14 @@ class NomicMoEModel(nn.Module):
         Raises:
             RuntimeError: The backend that was asked for cannot run there.
         """
-        self.backend = self._backend_for(self.emb_ln.weight)
+        # what is refused here must not run on the kernels from before
+        self._backend = None
+        self._backend = self._backend_for(self.emb_ln.weight)
 
-    def _backend_for(self, weight: Tensor) -> Backend:
+    def _backend_for(self, weight: Tensor) -> Backend | None:
+        """The kernels for where a weight is; None where that is no device yet."""
         if weight.is_meta:
-            return Backend("torch", "its weights are on no device yet")
+            return None
         return select_backend(
             self._backend_asked,
             weight.device,

@@ -367,6 +367,27 @@ def test_kernels_follow_loaded_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     assert model.backend == Backend("triton", "asked for")
     with pytest.raises(RuntimeError, match="bfloat16 wrongly"):
         model.load_state_dict({name: one.bfloat16() for name, one in state.items()}, assign=True)
+    with pytest.raises(RuntimeError, match="bfloat16 wrongly"):
+        model(torch.tensor([[0, 5, 2]]))
+
+
+def test_weights_put_in_one_by_one_get_the_kernels_that_were_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As accelerate does: no hook of loading, and no move of the module, tells of it."""
+    state = NomicMoEModel.from_pretrained(data.TINY, device="cpu").state_dict()
+    with torch.device("meta"):
+        model = NomicMoEModel(NomicMoEConfig.from_json(data.TINY / "config.json"), backend="triton")
+    for name, tensor in state.items():
+        owner, _, own = name.rpartition(".")
+        setattr(model.get_submodule(owner), own, torch.nn.Parameter(tensor))
+    ids_BL = torch.tensor([[0, 5, 2]])
+    monkeypatch.setattr(checks, "INTERPRETED", False)
+    with pytest.raises(RuntimeError, match="need CUDA, and this is cpu"):
+        model(ids_BL)
+    monkeypatch.setattr(checks, "INTERPRETED", True)
+    assert model(ids_BL)[0].isfinite().all()
+    assert model.backend == Backend("triton", "asked for")
 
 
 def test_a_pickled_model_chooses_its_kernels_where_it_is_loaded() -> None:
