@@ -223,6 +223,7 @@ class Embedder:
             dtype=resolve_dtype(settings.dtype, resolve_device(device)),
             backend=settings.backend,
         )
+        self.config = model.config
         # a batch that replays a recording may differ in its last bits from one that runs as it is,
         # and which of them do depends on what ran before
         self._engine = Engine(model, make_recorder=lambda _: None)

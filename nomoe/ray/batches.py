@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Unpack, cast
 
@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from ..batching import windows
 from ..checkpoint import DEFAULT_REPO
+from ..config import NomicMoEConfig
 from ..corpus.embedder import Embedder, WindowTokenizer, resolve_settings
 from ..corpus.plan import VECTOR_COLUMN, OnBad, check_on_bad
 from ..corpus.request import ModelOptions
@@ -154,8 +155,8 @@ class EmbedBatch:
             The same kind with one more column: an (n, d) array, a fixed-size list, or arrays.
 
         Raises:
-            ValueError: No such column, one of the new column's name, or a row without a valid text
-                under "fail".
+            ValueError: No such column, one of the new column's name, a row without a valid text
+                under "fail", or one of `tokens_column` without token ids of this model.
         """
         _check_free(batch, self._output_column)
         if self._embedder is None:
@@ -163,8 +164,7 @@ class EmbedBatch:
             self._embedder = Embedder(settings, self._options.get("device"))
         embedder = self._embedder
         if self._tokens_column is not None:
-            ids = _column(batch, self._tokens_column)
-            ids = ids.to_pylist() if hasattr(ids, "to_pylist") else ids
+            ids = _token_ids(batch, self._tokens_column, embedder.config)
             batch = _without_column(batch, self._tokens_column)
             parts = list(embedder.embed(_token_windows(ids, embedder.settings.batch_tokens)))
         else:
@@ -266,12 +266,44 @@ def _with_column(batch: Any, name: str, values: Sequence[Any] | npt.NDArray[Any]
     return batch.append_column(name, array)
 
 
-def _token_windows(ids: Iterable[Any], batch_tokens: int) -> Iterator[Tokens]:
+def _token_ids(batch: Any, column: str, config: NomicMoEConfig) -> list[list[int]]:
+    """Return the token ids of a batch's rows; on a GPU nothing else would check them.
+
+    Raises:
+        ValueError: A row has none, too many, or others than the model's.
+    """
+    found = _column(batch, column)
+    rows = found.to_pylist() if hasattr(found, "to_pylist") else list(found)
+    ids = []
+    for row, value in enumerate(rows):
+        # objects within an array of objects show their type as a list
+        value = value.tolist() if isinstance(value, np.ndarray) else value
+        try:
+            one = np.asarray(value)
+        except ValueError:
+            one = np.empty(0)
+        problem = None
+        if one.ndim != 1 or not len(one) or one.dtype.kind not in "iu":
+            problem = f"holds {value!r:.40}, expected a list of token ids"
+        elif len(one) > config.n_positions:
+            problem = f"has {len(one)} tokens, the model takes at most {config.n_positions}"
+        elif one.min() < 0 or one.max() >= config.embedding_rows:
+            problem = (
+                f"has ids from {one.min()} to {one.max()}, outside the vocabulary of "
+                f"{config.embedding_rows}"
+            )
+        if problem:
+            raise ValueError(f"row {row} of a batch of {len(rows)} in column {column!r} {problem}")
+        ids.append(one.tolist())
+    return ids
+
+
+def _token_windows(ids: list[list[int]], batch_tokens: int) -> Iterator[Tokens]:
     """Divide token ids into windows of about four batches."""
     window: list[list[int]] = []
     count = 0
     for one in ids:
-        window.append(one if isinstance(one, list) else one.tolist())
+        window.append(one)
         count += len(one)
         if count >= 4 * batch_tokens:
             yield Tokens(window, [])

@@ -233,6 +233,36 @@ def test_tokens_and_forwards_apart_give_the_same(shallow_folder: Path, kind: str
         assert np.array_equal(*vectors)
 
 
+@pytest.mark.parametrize(
+    ("value", "problem"),
+    [
+        ([0, -1, 2], "has ids from -1 to 2, outside the vocabulary of"),
+        ([0, 2**31 - 1], "has ids from 0 to 2147483647, outside the vocabulary of"),
+        ([5] * 2049, "has 2049 tokens, the model takes at most"),
+        ([], r"holds \[\], expected a list of token ids"),
+        (None, "holds None, expected a list of token ids"),
+        ([0.5], r"holds \[[0.5, 2]*\], expected a list of token ids"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["numpy", "arrow", "pandas"])
+def test_ids_that_are_not_the_models_are_refused(
+    shallow_folder: Path, kind: str, value: list[int] | None, problem: str
+) -> None:
+    """As they would be of another tokenizer; a GPU would read beyond the table."""
+    ids = [[0, 5, 2], value]
+    table = pa.table({"input_ids": ids})
+    batch: Any = {
+        "numpy": {"input_ids": np.array(ids, dtype=object)},
+        "arrow": table,
+        "pandas": table.to_pandas(),
+    }[kind]
+    embed = nomoe.ray.EmbedBatch(shallow_folder, device="cpu", tokens_column="input_ids")
+    with pytest.raises(
+        ValueError, match=f"row [01] of a batch of 2 in column 'input_ids' {problem}"
+    ):
+        embed(batch)
+
+
 @pytest.mark.parametrize("kind", ["numpy", "arrow", "pandas"])
 def test_rows_without_a_text(
     shallow_folder: Path, kind: str, warnings_of_nomoe: pytest.LogCaptureFixture
