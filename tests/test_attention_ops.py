@@ -192,6 +192,14 @@ def test_packing() -> None:
     assert (empty.blocks.shape, empty.bounds.tolist()) == ((0, 3), [0])
 
 
+def test_a_text_too_long_for_offsets_of_32_bits_is_refused() -> None:
+    qkv_T3NH, positions_T = draw([3], (12, 64), torch.float32)
+    packing = fused.pack([3], positions_T, 4000, 64, 10000.0, torch.float32)
+    with pytest.raises(ValueError, match="a text has 932068 tokens, too many"):
+        fused.attention(qkv_T3NH, packing._replace(longest=932_068))
+    assert fused.attention(qkv_T3NH, packing._replace(longest=932_067)).isfinite().all()
+
+
 def test_torchs_attention_takes_16_bits_alone() -> None:
     qkv_T3NH, positions_T = draw([4], (1, 16), torch.float32)
     packing = fused.pack([4], positions_T, 800, 16, 1e4, torch.float32, tile=tile_of("varlen"))

@@ -99,9 +99,9 @@ class DenseShape(NamedTuple):
 class AttentionTile(NamedTuple):
     """How attention runs.
 
-    "rotating": one kernel that rotates q and k as it loads them. "rotated": a kernel that rotates
-    them once, in place, before one that attends. "varlen": torch's `varlen_attn` instead of the
-    latter, 16 bits alone.
+    "rotating": one kernel that rotates queries and keys as it loads them. "rotated": a kernel that
+    rotates the keys once, in place, before one that rotates its queries and attends. "varlen": one
+    that rotates both before torch's `varlen_attn`, 16 bits alone.
     """
 
     kernel: Literal["rotating", "rotated", "varlen"]
@@ -211,7 +211,7 @@ def attention_formula(device: Device, shape: AttentionShape) -> AttentionTile:
     """Blocks by the longest text; in 16 bits on Hopper from times on an H200, else estimates.
 
     Every block of queries rotates all keys again: with more than two to a text, rotating them once,
-    at the cost of a launch and of reading and writing q and k, gains. Torch's attention was slower
+    at the cost of a launch and of reading and writing them, gains. Torch's attention was slower
     at all lengths. Keys that are rotated while others are fetched have Hopper's products wait for
     each other; there they come one block at a time.
     """

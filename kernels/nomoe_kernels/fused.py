@@ -316,10 +316,16 @@ def attention(qkv_T3NH: Tensor, packing: Packing) -> Tensor:
     T, _, N, H = qkv_T3NH.shape
     if packing.tile.kernel == "varlen" and qkv_T3NH.dtype == torch.float32:
         raise ValueError("qkv_T3NH is torch.float32, torch's varlen_attn takes 16 bits alone")
+    if packing.longest * 3 * N * H >= 1 << 31:
+        raise ValueError(
+            f"a text has {packing.longest} tokens, too many for offsets of 32 bits within its qkv"
+        )
     out_TNH = qkv_T3NH.new_empty(T, N, H)
     if T:
         if packing.tile.kernel != "rotating":
-            launch.rotate(qkv_T3NH, packing.positions_T, packing.cos, packing.sin)
+            # our kernel rotates its queries itself
+            parts = slice(0, 2) if packing.tile.kernel == "varlen" else slice(1, 2)
+            launch.rotate(qkv_T3NH[:, parts], packing.positions_T, packing.cos, packing.sin)
         if packing.tile.kernel == "varlen":
             q_TNH, k_TNH, v_TNH = qkv_T3NH.detach().unbind(dim=1)
             bounds, longest = packing.bounds, packing.longest

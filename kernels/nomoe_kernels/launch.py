@@ -225,16 +225,16 @@ def embed(ids_T: Tensor, words_VD: Tensor, type_D: Tensor, norm: Norm, out_TD: T
             )  # fmt: skip
 
 
-def rotate(qkv_T3NH: Tensor, positions_T: Tensor, cos: Tensor, sin: Tensor) -> None:
-    """Rotate q and k in place."""
-    T, _, N, H = qkv_T3NH.shape
+def rotate(heads_TPNH: Tensor, positions_T: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """Rotate heads in place: neighbouring parts, of N heads each, of (T, 3, N, H)."""
+    T, parts, N, H = heads_TPNH.shape
     # heads that share the loads of their angles
-    heads = max(count for count in (1, 2, 3, 4, 6) if 2 * N % count == 0)
-    with on(qkv_T3NH):
-        packed.rotate_kernel[(triton.cdiv(T, 32), 2 * N // heads)](
-            qkv_T3NH, positions_T, cos, sin, T,
+    heads = max(count for count in (1, 2, 3, 4, 6) if parts * N % count == 0)
+    with on(heads_TPNH):
+        packed.rotate_kernel[(triton.cdiv(T, 32), parts * N // heads)](
+            heads_TPNH, positions_T, cos, sin, T,
             N=N, H=H, HEADS=heads, BLOCK_T=32, BLOCK_HALF=power_of_two(H // 2),
-            **overlap(qkv_T3NH),
+            **overlap(heads_TPNH),
         )  # fmt: skip
 
 

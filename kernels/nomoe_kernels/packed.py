@@ -1,7 +1,8 @@
 """Triton kernels over packed texts: tokens of all texts end to end, no padding.
 
 Which tokens belong together comes as a short table made on the host, so that the grid is known
-without asking the device. Every program owns what it writes; row offsets are int64.
+without asking the device. Every program owns what it writes. Offsets of texts and of blocks of rows
+are int64; from there on int32 reaches, which takes attention fewer registers.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def load_rotated(
     """Both halves of a head's rows, (M, H / 2) each, rotated in float32 and rounded once."""
     half = tl.arange(0, BLOCK_HALF)
     inside = is_token_M[:, None] & (half < HALF)[None, :]
-    offsets = tokens_M.to(tl.int64)[:, None] * STRIDE + half[None, :]
+    offsets = tokens_M[:, None] * STRIDE + half[None, :]
     a = tl.load(ptr + offsets, mask=inside, other=0.0)
     b = tl.load(ptr + offsets + HALF, mask=inside, other=0.0)
     first = a.to(tl.float32) * cos - b.to(tl.float32) * sin
@@ -47,9 +48,37 @@ def load_rotated(
     return first.to(a.dtype), second.to(a.dtype)
 
 
+@triton.jit
+def load_rotated_head(
+    ptr,
+    tokens_M,
+    is_token_M,
+    positions_ptr,
+    cos_ptr,
+    sin_ptr,
+    STRIDE: tl.constexpr,
+    H: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """A head's rows, (M, H), rotated as in `load_rotated`; each number's partner is read again."""
+    HALF: tl.constexpr = H // 2
+    columns = tl.arange(0, BLOCK)
+    is_first = (columns < HALF)[None, :]
+    inside = is_token_M[:, None] & (columns < H)[None, :]
+    offsets = tokens_M[:, None] * STRIDE
+    partners = tl.where(columns < HALF, columns + HALF, columns - HALF)
+    x = tl.load(ptr + offsets + columns[None, :], mask=inside, other=0.0)
+    y = tl.load(ptr + offsets + partners[None, :], mask=inside, other=0.0).to(tl.float32)
+    positions_M = tl.load(positions_ptr + tokens_M, mask=is_token_M, other=0)
+    angles = positions_M[:, None] * HALF + tl.where(columns < HALF, columns, partners)[None, :]
+    cos = tl.load(cos_ptr + angles, mask=inside, other=0.0)
+    sin = tl.load(sin_ptr + angles, mask=inside, other=0.0)
+    return (x.to(tl.float32) * cos + tl.where(is_first, -y, y) * sin).to(x.dtype)
+
+
 @triton.jit(do_not_specialize=["T"])
 def rotate_kernel(
-    qkv_ptr,  # (T, 3, N, H)
+    heads_ptr,  # some heads of (T, 3, N, H)
     positions_ptr,  # (T,) int32: place of each token in its text
     cos_ptr,  # (positions, H / 2) float32
     sin_ptr,  # (positions, H / 2) float32
@@ -61,18 +90,21 @@ def rotate_kernel(
     BLOCK_HALF: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """Rotate q and k in place; program (b, h) owns HEADS of their heads, and loads angles once."""
+    """Rotate heads in place; program (b, h) owns HEADS of them, and loads angles once."""
     wait_for_previous(OVERLAP)
     HALF: tl.constexpr = H // 2
     STRIDE: tl.constexpr = 3 * N * H
-    tokens_T = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    is_token_T = tokens_T < T
+    first_token = tl.program_id(0) * BLOCK_T
+    tokens_T = tl.arange(0, BLOCK_T)
+    is_token_T = first_token + tokens_T < T
+    positions_ptr += first_token
     cos, sin = load_angles(tokens_T, is_token_T, positions_ptr, cos_ptr, sin_ptr, HALF, BLOCK_HALF)
     half = tl.arange(0, BLOCK_HALF)
     inside = is_token_T[:, None] & (half < HALF)[None, :]
-    offsets = tokens_T.to(tl.int64)[:, None] * STRIDE + half[None, :]
+    offsets = tokens_T[:, None] * STRIDE + half[None, :]
+    heads_ptr += first_token.to(tl.int64) * STRIDE + tl.program_id(1) * (HEADS * H)
     for head in tl.static_range(HEADS):
-        head_ptr = qkv_ptr + (tl.program_id(1) * HEADS + head) * H
+        head_ptr = heads_ptr + head * H
         first, second = load_rotated(
             head_ptr, tokens_T, is_token_T, cos, sin, STRIDE, HALF, BLOCK_HALF
         )
@@ -92,7 +124,7 @@ def load_head(
 ):
     """A head's rows, (M, H), zero where there is none; with ALL there is none that is not."""
     columns = tl.arange(0, BLOCK)
-    ptrs = ptr + tokens_M.to(tl.int64)[:, None] * STRIDE + columns[None, :]
+    ptrs = ptr + (tokens_M[:, None] * STRIDE + columns[None, :])
     if ALL and BLOCK == H:
         return tl.load(ptrs)
     return tl.load(ptrs, mask=is_token_M[:, None] & (columns < H)[None, :], other=0.0)
@@ -106,7 +138,6 @@ def attend(
     positions_ptr,
     cos_ptr,
     sin_ptr,
-    start,
     length,
     first_key,
     scale,
@@ -126,16 +157,12 @@ def attend(
     keys_N = first_key + tl.arange(0, BLOCK_N)
     is_key_N = keys_N < length
     if ROTATE:
-        cos, sin = load_angles(
-            start + keys_N, is_key_N, positions_ptr, cos_ptr, sin_ptr, HALF, BLOCK_HALF
-        )
-        ka_NH, kb_NH = load_rotated(
-            k_ptr, start + keys_N, is_key_N, cos, sin, STRIDE, HALF, BLOCK_HALF
-        )
+        cos, sin = load_angles(keys_N, is_key_N, positions_ptr, cos_ptr, sin_ptr, HALF, BLOCK_HALF)
+        ka_NH, kb_NH = load_rotated(k_ptr, keys_N, is_key_N, cos, sin, STRIDE, HALF, BLOCK_HALF)
         scores_MN = tl.dot(q[0], tl.trans(ka_NH), input_precision=PRECISION)
         scores_MN = tl.dot(q[1], tl.trans(kb_NH), scores_MN, input_precision=PRECISION)
     else:
-        k_NH = load_head(k_ptr, start + keys_N, is_key_N, STRIDE, H, BLOCK_H, ALL)
+        k_NH = load_head(k_ptr, keys_N, is_key_N, STRIDE, H, BLOCK_H, ALL)
         scores_MN = tl.dot(q[0], tl.trans(k_NH), input_precision=PRECISION)
     if not ALL:
         scores_MN = tl.where(is_key_N[None, :], scores_MN, float("-inf"))
@@ -143,7 +170,7 @@ def attend(
     shrink_M = tl.exp2(maximum_M - new_maximum_M)
     weights_MN = tl.exp2(scores_MN * scale - new_maximum_M[:, None])
     sum_M = sum_M * shrink_M + tl.sum(weights_MN, axis=1)
-    v_NH = load_head(k_ptr + N * H, start + keys_N, is_key_N, STRIDE, H, BLOCK_H, ALL)
+    v_NH = load_head(k_ptr + N * H, keys_N, is_key_N, STRIDE, H, BLOCK_H, ALL)
     acc_MH = tl.dot(
         weights_MN.to(v_NH.dtype), v_NH, acc_MH * shrink_M[:, None], input_precision=PRECISION
     )
@@ -153,9 +180,9 @@ def attend(
 @triton.jit
 def attention_kernel(
     qkv_ptr,  # (T, 3, N, H)
-    positions_ptr,  # (T,) int32: place of each token in its text; not read unless ROTATE
-    cos_ptr,  # (positions, H / 2) float32; the same
-    sin_ptr,  # (positions, H / 2) float32; the same
+    positions_ptr,  # (T,) int32: place of each token in its text
+    cos_ptr,  # (positions, H / 2) float32
+    sin_ptr,  # (positions, H / 2) float32
     blocks_ptr,  # (blocks, 3) int32: first token of the text, its tokens, first query of the block
     out_ptr,  # (T, N, H)
     N: tl.constexpr,
@@ -171,11 +198,11 @@ def attention_kernel(
 ):
     """softmax(rotate(q) @ rotate(k).T / sqrt(H)) @ v within each text, every key for every query.
 
-    Grid (blocks, N): program (b, n) owns BLOCK_M queries of one text and head. With ROTATE queries
-    and keys are rotated as they are loaded, in halves (a cos - b sin, b cos + a sin), and the
-    products of the halves are summed, so they never need be joined; without it `rotate_kernel` has
-    done so. One pass over the keys, with a running maximum. With TAIL only the last keys, which do
-    not fill a block, are asked whether they are of the text.
+    Grid (blocks, N): program (b, n) owns BLOCK_M queries of one text and head, which are rotated as
+    they are loaded, (a cos - b sin, b cos + a sin) for halves a and b. With ROTATE the keys are as
+    well, all in halves whose products are summed, so they never need be joined; without it
+    `rotate_kernel` has rotated them. One pass over the keys, with a running maximum. With TAIL only
+    the last keys, which do not fill a block, are asked whether they are of the text.
     """
     wait_for_previous(OVERLAP)
     HALF: tl.constexpr = H // 2
@@ -185,17 +212,25 @@ def attention_kernel(
     start, length, first_query = tl.load(row), tl.load(row + 1), tl.load(row + 2)
     if first_query >= length:
         return
-    queries_M = first_query + tl.arange(0, BLOCK_M)
-    is_query_M = queries_M < length
-    q_ptr = qkv_ptr + head * H
-    k_ptr = q_ptr + N * H
+    queries_M = tl.arange(0, BLOCK_M)
+    is_query_M = first_query + queries_M < length
+    positions_ptr += start
+    out_ptr += (start + first_query).to(tl.int64) * (N * H) + head * H
+    qkv_ptr += start.to(tl.int64) * STRIDE + head * H
+    q_ptr = qkv_ptr + first_query * STRIDE
+    k_ptr = qkv_ptr + N * H
     if ROTATE:
         cos, sin = load_angles(
-            start + queries_M, is_query_M, positions_ptr, cos_ptr, sin_ptr, HALF, BLOCK_HALF
+            queries_M, is_query_M, positions_ptr + first_query, cos_ptr, sin_ptr, HALF, BLOCK_HALF
         )
-        q = load_rotated(q_ptr, start + queries_M, is_query_M, cos, sin, STRIDE, HALF, BLOCK_HALF)
+        q = load_rotated(q_ptr, queries_M, is_query_M, cos, sin, STRIDE, HALF, BLOCK_HALF)
     else:
-        q = (load_head(q_ptr, start + queries_M, is_query_M, STRIDE, H, BLOCK_H, False),)
+        q = (
+            load_rotated_head(
+                q_ptr, queries_M, is_query_M, positions_ptr + first_query, cos_ptr, sin_ptr,
+                STRIDE, H, BLOCK_H,
+            ),
+        )  # fmt: skip
     # exponentials to base 2
     scale = 1.4426950408889634 / tl.sqrt(H * 1.0)
     state = (
@@ -206,27 +241,26 @@ def attention_kernel(
     if not TAIL:
         for first_key in range(0, length, BLOCK_N):
             state = attend(
-                state, q, k_ptr, positions_ptr, cos_ptr, sin_ptr, start, length, first_key, scale,
+                state, q, k_ptr, positions_ptr, cos_ptr, sin_ptr, length, first_key, scale,
                 N, H, ROTATE, PRECISION, BLOCK_N, BLOCK_HALF, BLOCK_H, False,
             )  # fmt: skip
     else:
         whole = length // BLOCK_N * BLOCK_N
         for first_key in range(0, whole, BLOCK_N):
             state = attend(
-                state, q, k_ptr, positions_ptr, cos_ptr, sin_ptr, start, length, first_key, scale,
+                state, q, k_ptr, positions_ptr, cos_ptr, sin_ptr, length, first_key, scale,
                 N, H, ROTATE, PRECISION, BLOCK_N, BLOCK_HALF, BLOCK_H, True,
             )  # fmt: skip
         # a loop of one turn or none: before a branch Triton 3.7 copies sums that are in flight
         for first_key in tl.range(whole, length, BLOCK_N, num_stages=1):
             state = attend(
-                state, q, k_ptr, positions_ptr, cos_ptr, sin_ptr, start, length, first_key, scale,
+                state, q, k_ptr, positions_ptr, cos_ptr, sin_ptr, length, first_key, scale,
                 N, H, ROTATE, PRECISION, BLOCK_N, BLOCK_HALF, BLOCK_H, False,
             )  # fmt: skip
     _, sum_M, acc_MH = state
     columns_H = tl.arange(0, BLOCK_H)
-    out_offsets = (start + queries_M).to(tl.int64)[:, None] * (N * H) + columns_H[None, :]
     tl.store(
-        out_ptr + head * H + out_offsets,
+        out_ptr + queries_M[:, None] * (N * H) + columns_H[None, :],
         (acc_MH / sum_M[:, None]).to(out_ptr.dtype.element_ty),
         mask=is_query_M[:, None] & (columns_H < H)[None, :],
     )
