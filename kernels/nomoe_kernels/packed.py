@@ -1,8 +1,8 @@
 """Triton kernels over packed texts: tokens of all texts end to end, no padding.
 
 Which tokens belong together comes as a short table made on the host, so that the grid is known
-without asking the device. Every program owns what it writes. Offsets of texts and of blocks of rows
-are int64; from there on int32 reaches, which takes attention fewer registers.
+without asking the device. Every program owns what it writes; row offsets are int64, or int32 from
+a text's first row on.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def load_rotated(
     """Both halves of a head's rows, (M, H / 2) each, rotated in float32 and rounded once."""
     half = tl.arange(0, BLOCK_HALF)
     inside = is_token_M[:, None] & (half < HALF)[None, :]
-    offsets = tokens_M[:, None] * STRIDE + half[None, :]
+    offsets = tokens_M.to(tl.int64)[:, None] * STRIDE + half[None, :]
     a = tl.load(ptr + offsets, mask=inside, other=0.0)
     b = tl.load(ptr + offsets + HALF, mask=inside, other=0.0)
     first = a.to(tl.float32) * cos - b.to(tl.float32) * sin
@@ -94,17 +94,14 @@ def rotate_kernel(
     wait_for_previous(OVERLAP)
     HALF: tl.constexpr = H // 2
     STRIDE: tl.constexpr = 3 * N * H
-    first_token = tl.program_id(0) * BLOCK_T
-    tokens_T = tl.arange(0, BLOCK_T)
-    is_token_T = first_token + tokens_T < T
-    positions_ptr += first_token
+    tokens_T = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    is_token_T = tokens_T < T
     cos, sin = load_angles(tokens_T, is_token_T, positions_ptr, cos_ptr, sin_ptr, HALF, BLOCK_HALF)
     half = tl.arange(0, BLOCK_HALF)
     inside = is_token_T[:, None] & (half < HALF)[None, :]
-    offsets = tokens_T[:, None] * STRIDE + half[None, :]
-    heads_ptr += first_token.to(tl.int64) * STRIDE + tl.program_id(1) * (HEADS * H)
+    offsets = tokens_T.to(tl.int64)[:, None] * STRIDE + half[None, :]
     for head in tl.static_range(HEADS):
-        head_ptr = heads_ptr + head * H
+        head_ptr = heads_ptr + (tl.program_id(1) * HEADS + head) * H
         first, second = load_rotated(
             head_ptr, tokens_T, is_token_T, cos, sin, STRIDE, HALF, BLOCK_HALF
         )
@@ -138,6 +135,7 @@ def attend(
     positions_ptr,
     cos_ptr,
     sin_ptr,
+    start,
     length,
     first_key,
     scale,
@@ -157,12 +155,18 @@ def attend(
     keys_N = first_key + tl.arange(0, BLOCK_N)
     is_key_N = keys_N < length
     if ROTATE:
-        cos, sin = load_angles(keys_N, is_key_N, positions_ptr, cos_ptr, sin_ptr, HALF, BLOCK_HALF)
-        ka_NH, kb_NH = load_rotated(k_ptr, keys_N, is_key_N, cos, sin, STRIDE, HALF, BLOCK_HALF)
+        rows_N = (start + keys_N).to(tl.int64)
+        cos, sin = load_angles(
+            start + keys_N, is_key_N, positions_ptr, cos_ptr, sin_ptr, HALF, BLOCK_HALF
+        )
+        ka_NH, kb_NH = load_rotated(k_ptr, rows_N, is_key_N, cos, sin, STRIDE, HALF, BLOCK_HALF)
         scores_MN = tl.dot(q[0], tl.trans(ka_NH), input_precision=PRECISION)
         scores_MN = tl.dot(q[1], tl.trans(kb_NH), scores_MN, input_precision=PRECISION)
     else:
-        k_NH = load_head(k_ptr, keys_N, is_key_N, STRIDE, H, BLOCK_H, ALL)
+        # of 32 bits within a text, which take fewer registers
+        k_ptr += first_key * STRIDE
+        rows_N = tl.arange(0, BLOCK_N)
+        k_NH = load_head(k_ptr, rows_N, is_key_N, STRIDE, H, BLOCK_H, ALL)
         scores_MN = tl.dot(q[0], tl.trans(k_NH), input_precision=PRECISION)
     if not ALL:
         scores_MN = tl.where(is_key_N[None, :], scores_MN, float("-inf"))
@@ -170,7 +174,7 @@ def attend(
     shrink_M = tl.exp2(maximum_M - new_maximum_M)
     weights_MN = tl.exp2(scores_MN * scale - new_maximum_M[:, None])
     sum_M = sum_M * shrink_M + tl.sum(weights_MN, axis=1)
-    v_NH = load_head(k_ptr + N * H, keys_N, is_key_N, STRIDE, H, BLOCK_H, ALL)
+    v_NH = load_head(k_ptr + N * H, rows_N, is_key_N, STRIDE, H, BLOCK_H, ALL)
     acc_MH = tl.dot(
         weights_MN.to(v_NH.dtype), v_NH, acc_MH * shrink_M[:, None], input_precision=PRECISION
     )
@@ -212,25 +216,28 @@ def attention_kernel(
     start, length, first_query = tl.load(row), tl.load(row + 1), tl.load(row + 2)
     if first_query >= length:
         return
-    queries_M = tl.arange(0, BLOCK_M)
-    is_query_M = first_query + queries_M < length
-    positions_ptr += start
-    out_ptr += (start + first_query).to(tl.int64) * (N * H) + head * H
-    qkv_ptr += start.to(tl.int64) * STRIDE + head * H
-    q_ptr = qkv_ptr + first_query * STRIDE
-    k_ptr = qkv_ptr + N * H
+    queries_M = first_query + tl.arange(0, BLOCK_M)
+    is_query_M = queries_M < length
+    q_ptr = qkv_ptr + head * H
+    out_ptr += head * H
     if ROTATE:
+        rows_M = (start + queries_M).to(tl.int64)
         cos, sin = load_angles(
-            queries_M, is_query_M, positions_ptr + first_query, cos_ptr, sin_ptr, HALF, BLOCK_HALF
+            start + queries_M, is_query_M, positions_ptr, cos_ptr, sin_ptr, HALF, BLOCK_HALF
         )
-        q = load_rotated(q_ptr, queries_M, is_query_M, cos, sin, STRIDE, HALF, BLOCK_HALF)
+        q = load_rotated(q_ptr, rows_M, is_query_M, cos, sin, STRIDE, HALF, BLOCK_HALF)
     else:
+        rows_M = tl.arange(0, BLOCK_M)
+        first = start + first_query
+        out_ptr += first.to(tl.int64) * (N * H)
+        q_ptr += start.to(tl.int64) * STRIDE
         q = (
             load_rotated_head(
-                q_ptr, queries_M, is_query_M, positions_ptr + first_query, cos_ptr, sin_ptr,
-                STRIDE, H, BLOCK_H,
+                q_ptr + first_query * STRIDE, rows_M, is_query_M, positions_ptr + first, cos_ptr,
+                sin_ptr, STRIDE, H, BLOCK_H,
             ),
         )  # fmt: skip
+    k_ptr = q_ptr + N * H
     # exponentials to base 2
     scale = 1.4426950408889634 / tl.sqrt(H * 1.0)
     state = (
@@ -241,26 +248,26 @@ def attention_kernel(
     if not TAIL:
         for first_key in range(0, length, BLOCK_N):
             state = attend(
-                state, q, k_ptr, positions_ptr, cos_ptr, sin_ptr, length, first_key, scale,
+                state, q, k_ptr, positions_ptr, cos_ptr, sin_ptr, start, length, first_key, scale,
                 N, H, ROTATE, PRECISION, BLOCK_N, BLOCK_HALF, BLOCK_H, False,
             )  # fmt: skip
     else:
         whole = length // BLOCK_N * BLOCK_N
         for first_key in range(0, whole, BLOCK_N):
             state = attend(
-                state, q, k_ptr, positions_ptr, cos_ptr, sin_ptr, length, first_key, scale,
+                state, q, k_ptr, positions_ptr, cos_ptr, sin_ptr, start, length, first_key, scale,
                 N, H, ROTATE, PRECISION, BLOCK_N, BLOCK_HALF, BLOCK_H, True,
             )  # fmt: skip
         # a loop of one turn or none: before a branch Triton 3.7 copies sums that are in flight
         for first_key in tl.range(whole, length, BLOCK_N, num_stages=1):
             state = attend(
-                state, q, k_ptr, positions_ptr, cos_ptr, sin_ptr, length, first_key, scale,
+                state, q, k_ptr, positions_ptr, cos_ptr, sin_ptr, start, length, first_key, scale,
                 N, H, ROTATE, PRECISION, BLOCK_N, BLOCK_HALF, BLOCK_H, False,
             )  # fmt: skip
     _, sum_M, acc_MH = state
     columns_H = tl.arange(0, BLOCK_H)
     tl.store(
-        out_ptr + queries_M[:, None] * (N * H) + columns_H[None, :],
+        out_ptr + rows_M[:, None] * (N * H) + columns_H[None, :],
         (acc_MH / sum_M[:, None]).to(out_ptr.dtype.element_ty),
         mask=is_query_M[:, None] & (columns_H < H)[None, :],
     )
