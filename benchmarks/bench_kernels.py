@@ -95,7 +95,7 @@ class Bench(NamedTuple):
 def attention_works(bench: Bench, texts: int, length: int) -> Iterator[tuple[Work, list[Any]]]:
     """Every form of attention over texts of one length.
 
-    Forms that rotate q and k in place would rotate them once more at every call. So all angles are
+    Forms that rotate keys in place would rotate them once more at every call. So all angles are
     0 while time is taken, at true positions: a rotation reads as much and changes nothing.
     `check_rotation` has seen true ones.
     """

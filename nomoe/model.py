@@ -179,6 +179,7 @@ class NomicMoEModel(nn.Module):
         self.config = config
         self._backend_asked = backend
         self._backend: Backend | None = None
+        self._found: tuple[tuple[torch.device, torch.dtype], Backend] | None = None
         self._batch_invariant = batch_invariant
         self.embeddings = Embeddings(config)
         self.emb_ln = LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
@@ -282,23 +283,29 @@ class NomicMoEModel(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NomicMoEModel:
         """Every move and cast of a module comes through here: the kernels follow the device."""
         # what becomes of an empty tensor tells where the weights will be, before they move
-        backend = self._backend_for(fn(self.emb_ln.weight.new_empty(0)))
+        moved = fn(self.emb_ln.weight.new_empty(0))
+        backend = None if moved.is_meta else self._backend_for(moved)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._backend = backend
         return self
 
     @property
     def backend(self) -> Backend:
-        """The kernels it runs on; chosen when first asked for, where they have not been.
+        """The kernels it runs on; for weights that were neither moved nor loaded, found here.
 
         Raises:
             RuntimeError: The backend that was asked for cannot run where the weights are.
         """
-        chosen = self._backend or self._backend_for(self.emb_ln.weight)
-        if chosen is None:
+        if self._backend is not None:
+            return self._backend
+        weight = self.emb_ln.weight
+        if weight.is_meta:
             return Backend("torch", "its weights are on no device yet")
-        self._backend = chosen
-        return chosen
+        # the weights may only be passing through
+        where = weight.device, weight.dtype
+        if self._found is None or self._found[0] != where:
+            self._found = where, self._backend_for(weight)
+        return self._found[1]
 
     @backend.setter
     def backend(self, backend: Backend) -> None:
@@ -312,12 +319,10 @@ class NomicMoEModel(nn.Module):
         """
         # what is refused here must not run on the kernels from before
         self._backend = None
-        self._backend = self._backend_for(self.emb_ln.weight)
+        if not self.emb_ln.weight.is_meta:
+            self._backend = self._backend_for(self.emb_ln.weight)
 
-    def _backend_for(self, weight: Tensor) -> Backend | None:
-        """The kernels for where a weight is; None where that is no device yet."""
-        if weight.is_meta:
-            return None
+    def _backend_for(self, weight: Tensor) -> Backend:
         return select_backend(
             self._backend_asked,
             weight.device,

@@ -390,6 +390,23 @@ def test_weights_put_in_one_by_one_get_the_kernels_that_were_asked_for(
     assert model.backend == Backend("triton", "asked for")
 
 
+def test_kernels_do_not_outlast_weights_that_only_pass_through(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(checks, "INTERPRETED", True)
+    state = NomicMoEModel.from_pretrained(data.TINY, device="cpu").state_dict()
+    config = NomicMoEConfig.from_json(data.TINY / "config.json")
+    with torch.device("meta"):
+        model = NomicMoEModel(config, backend="triton").requires_grad_(False)
+    ids_BL = torch.tensor([[0, 5, 2]])
+    assert torch.func.functional_call(model, state, (ids_BL,))[0].isfinite().all()
+    assert model.backend == Backend("torch", "its weights are on no device yet")
+    with pytest.raises(RuntimeError, match="bfloat16 wrongly"):
+        torch.func.functional_call(
+            model, {name: one.bfloat16() for name, one in state.items()}, (ids_BL,)
+        )
+
+
 def test_a_pickled_model_chooses_its_kernels_where_it_is_loaded() -> None:
     model = NomicMoEModel.from_pretrained(data.TINY, device="cpu")
     expected = model.backend

@@ -316,7 +316,7 @@ def attention(qkv_T3NH: Tensor, packing: Packing) -> Tensor:
     T, _, N, H = qkv_T3NH.shape
     if packing.tile.kernel == "varlen" and qkv_T3NH.dtype == torch.float32:
         raise ValueError("qkv_T3NH is torch.float32, torch's varlen_attn takes 16 bits alone")
-    if packing.longest * 3 * N * H >= 1 << 31:
+    if packing.tile.kernel == "rotated" and packing.longest * 3 * N * H >= 1 << 31:
         raise ValueError(
             f"a text has {packing.longest} tokens, too many for offsets of 32 bits within its qkv"
         )

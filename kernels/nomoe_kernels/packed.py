@@ -2,7 +2,7 @@
 
 Which tokens belong together comes as a short table made on the host, so that the grid is known
 without asking the device. Every program owns what it writes; row offsets are int64, or int32 from
-a text's first row on.
+the first row of a text or a block on.
 """
 
 from __future__ import annotations

@@ -266,25 +266,30 @@ def _with_column(batch: Any, name: str, values: Sequence[Any] | npt.NDArray[Any]
     return batch.append_column(name, array)
 
 
-def _token_ids(batch: Any, column: str, config: NomicMoEConfig) -> list[list[int]]:
-    """Return the token ids of a batch's rows; on a GPU nothing else would check them.
+def _token_ids(batch: Any, column: str, config: NomicMoEConfig) -> list[Any]:
+    """Return the token ids of a batch's rows, arrays; on a GPU nothing else would check them.
 
     Raises:
         ValueError: A row has none, too many, or others than the model's.
     """
     found = _column(batch, column)
-    rows = found.to_pylist() if hasattr(found, "to_pylist") else list(found)
+    if hasattr(found, "to_pylist"):
+        is_list = str(found.type).startswith(("list<", "large_list<", "fixed_size_list<"))
+        found = found.to_numpy(zero_copy_only=False) if is_list else found.to_pylist()
+    rows = list(found)
     ids = []
     for row, value in enumerate(rows):
         # objects within an array of objects show their type as a list
-        value = value.tolist() if isinstance(value, np.ndarray) else value
+        is_array = isinstance(value, np.ndarray)
+        value = value.tolist() if is_array and value.dtype == object else value
         try:
             one = np.asarray(value)
         except ValueError:
             one = np.empty(0)
         problem = None
         if one.ndim != 1 or not len(one) or one.dtype.kind not in "iu":
-            problem = f"holds {value!r:.40}, expected a list of token ids"
+            shown = value.tolist() if isinstance(value, np.ndarray) else value
+            problem = f"holds {shown!r:.40}, expected a list of token ids"
         elif len(one) > config.n_positions:
             problem = f"has {len(one)} tokens, the model takes at most {config.n_positions}"
         elif one.min() < 0 or one.max() >= config.embedding_rows:
@@ -294,16 +299,17 @@ def _token_ids(batch: Any, column: str, config: NomicMoEConfig) -> list[list[int
             )
         if problem:
             raise ValueError(f"row {row} of a batch of {len(rows)} in column {column!r} {problem}")
-        ids.append(one.tolist())
+        ids.append(one)
     return ids
 
 
-def _token_windows(ids: list[list[int]], batch_tokens: int) -> Iterator[Tokens]:
+def _token_windows(ids: list[Any], batch_tokens: int) -> Iterator[Tokens]:
     """Divide token ids into windows of about four batches."""
     window: list[list[int]] = []
     count = 0
     for one in ids:
-        window.append(one)
+        # lists as they are needed: a GPU is at work on the window before
+        window.append(one.tolist())
         count += len(one)
         if count >= 4 * batch_tokens:
             yield Tokens(window, [])
