@@ -403,8 +403,8 @@ class Encoder:
         """Embed an endless run of texts in bounded memory.
 
         Texts are read a window at a time, of some four batches on a CPU and one on a GPU; the next
-        window is tokenised while this one runs. An exception from the iterable,
-        or a bad text, ends the stream there; up to three windows before it are not returned.
+        window is tokenised while this one runs. An exception from the iterable, or a bad text, ends
+        the stream there; up to three windows before it are not returned.
 
         Args:
             inputs: Any iterable of texts. The others are as for `encode`.

@@ -178,7 +178,9 @@ class NomicMoEModel(nn.Module):
         nn.Module.__init__(self)
         self.config = config
         self._backend_asked = backend
+        # what a move, a cast or loading chose; None until then
         self._backend: Backend | None = None
+        # what suits weights that came otherwise, and where those were
         self._found: tuple[tuple[torch.device, torch.dtype], Backend] | None = None
         self._batch_invariant = batch_invariant
         self.embeddings = Embeddings(config)

@@ -1,10 +1,9 @@
 """Every kernel compiled, with no GPU, for the devices it may meet.
 
 Shared memory within the device's limit; registers that leave room for four programs of Hopper's
-attention; no spills in a product on Hopper, hardly any in another
-product or another kernel there; the tensor-core instruction that is meant, and asynchronous copies
-to feed it, but for one form of attention on Hopper that was measured to be faster without. Each
-check is also seen failing.
+attention; no spills in a product on Hopper, hardly any in another product or another kernel there;
+the tensor-core instruction that is meant, and asynchronous copies to feed it, but for one form of
+attention on Hopper that was measured to be faster without. Each check is also seen failing.
 """
 
 from __future__ import annotations

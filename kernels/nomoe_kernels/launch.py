@@ -253,9 +253,10 @@ def attention(
     # short texts are hardly more than a tail, and elsewhere two loops take more registers than are
     # at hand
     has_tail = not rotates and device(qkv_T3NH.device).capability == (9, 0)
-    is_common = (tile.block_m, tile.block_n, tile.warps, H) == (64, 64, 4, 64)
-    # so that a multiprocessor holds four programs: Triton 3.8 would take seven more for bfloat16
-    limit = {"maxnreg": 128} if has_tail and is_common and qkv_T3NH.itemsize == 2 else {}
+    # registers, so that a multiprocessor holds four programs of the formula's tile: for bfloat16
+    # Triton 3.8 would take seven more
+    fits = (tile.block_m, tile.block_n, tile.warps, H) == (64, 64, 4, 64)
+    limit = {"maxnreg": 128} if has_tail and fits and qkv_T3NH.itemsize == 2 else {}
     with on(qkv_T3NH):
         packed.attention_kernel[(len(blocks), N)](
             qkv_T3NH, positions_T, cos, sin, blocks, out_TNH,

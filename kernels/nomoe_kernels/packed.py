@@ -163,7 +163,7 @@ def attend(
         scores_MN = tl.dot(q[0], tl.trans(ka_NH), input_precision=PRECISION)
         scores_MN = tl.dot(q[1], tl.trans(kb_NH), scores_MN, input_precision=PRECISION)
     else:
-        # of 32 bits within a text, which take fewer registers
+        # offsets of 32 bits within a text, which take fewer registers
         k_ptr += first_key * STRIDE
         rows_N = tl.arange(0, BLOCK_N)
         k_NH = load_head(k_ptr, rows_N, is_key_N, STRIDE, H, BLOCK_H, ALL)

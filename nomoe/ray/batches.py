@@ -274,14 +274,18 @@ def _token_ids(batch: Any, column: str, config: NomicMoEConfig) -> list[Any]:
     """
     found = _column(batch, column)
     if hasattr(found, "to_pylist"):
-        is_list = str(found.type).startswith(("list<", "large_list<", "fixed_size_list<"))
+        from pyarrow import types
+
+        kinds = (types.is_list, types.is_large_list, types.is_fixed_size_list)
+        # of Ray's own kinds only lists can be had
+        is_list = any(is_kind(found.type) for is_kind in kinds)
         found = found.to_numpy(zero_copy_only=False) if is_list else found.to_pylist()
     rows = list(found)
     ids = []
     for row, value in enumerate(rows):
         # objects within an array of objects show their type as a list
-        is_array = isinstance(value, np.ndarray)
-        value = value.tolist() if is_array and value.dtype == object else value
+        if isinstance(value, np.ndarray) and value.dtype == object:
+            value = value.tolist()
         try:
             one = np.asarray(value)
         except ValueError:
