@@ -29,6 +29,8 @@ from nomoe_kernels import cpu, matrices
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 # that multiply packed matrices on a CPU
 LIBRARIES = ["onednn", *(["mkl"] if torch.backends.mkl.is_available() else [])]
+# whose CPUs run products in float32 there
+VENDORS = {"onednn": "AuthenticAMD", "mkl": "GenuineIntel"}
 
 # the models here are tiny: threads gain nothing, and on a busy machine they wait for each other
 torch.set_num_threads(1)
@@ -127,10 +129,12 @@ def golden_tiny() -> NomicMoEModel:
 
 
 @pytest.fixture(params=LIBRARIES)
-def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+def library(request: pytest.FixtureRequest) -> Iterator[str]:
     """Where a CPU's products in float32 run: both can, whatever this CPU is."""
-    monkeypatch.setattr(matrices, "_is_intel", lambda: request.param == "mkl")
-    return str(request.param)
+    # of its own, since a test may undo what it has patched
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(matrices, "_vendor", lambda: VENDORS[request.param])
+        yield request.param
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from nomoe import NomicMoEModel, data
 from nomoe.packable import Packable
 from nomoe_kernels import cpu, matrices, reference
 from nomoe_kernels.reference import MoEWeights, Norm
-from tests.conftest import LIBRARIES
+from tests.conftest import LIBRARIES, VENDORS
 
 DTYPES = [dtype for dtype in (torch.float32, torch.bfloat16) if cpu.supports(dtype)]
 KINDS = [(library, dtype) for library in LIBRARIES for dtype in DTYPES]
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.skipif(not DTYPES, reason="torch has no oneDNN here")
 def dtype(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.dtype:
     """One with products at speed, in each library that has them."""
     library, dtype = request.param
-    monkeypatch.setattr(matrices, "_is_intel", lambda: library == "mkl")
+    monkeypatch.setattr(matrices, "_vendor", lambda: VENDORS[library])
     monkeypatch.setattr(matrices, "_has_amx", lambda: False)
     return dtype  # type: ignore[no-any-return]
 
@@ -78,18 +78,18 @@ def test_linear(rows: int, dtype: torch.dtype) -> None:
 
 @pytest.mark.skipif(len(KINDS) < 4, reason="torch has no MKL or no bfloat16 here")
 @pytest.mark.parametrize(
-    ("rows", "intel", "amx", "expected"),
+    ("rows", "library", "amx", "expected"),
     [
-        (128, True, False, True),
-        (127, True, False, False),
-        (128, False, False, False),
-        (128, True, True, False),
+        (128, "mkl", False, True),
+        (127, "mkl", False, False),
+        (128, "onednn", False, False),
+        (128, "mkl", True, False),
     ],
 )
 def test_many_rows_in_bfloat16_are_multiplied_in_float32(
-    rows: int, intel: bool, amx: bool, expected: bool, monkeypatch: pytest.MonkeyPatch
+    rows: int, library: str, amx: bool, expected: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(matrices, "_is_intel", lambda: intel)
+    monkeypatch.setattr(matrices, "_vendor", lambda: VENDORS[library])
     monkeypatch.setattr(matrices, "_has_amx", lambda: amx)
     x_TI, weight_OI, bias_O = (
         normal(*shape, seed=seed, dtype=torch.bfloat16)
@@ -106,7 +106,7 @@ def test_many_rows_in_bfloat16_are_multiplied_in_float32(
     result = cpu.linear(x_TI, packed, bias_O, gelu=True)
     # rounded once, at the end: by half a unit in the last of eight bits
     assert ((result - exact).abs() <= exact.abs() * 2**-8 * 1.01 + 1e-5).all()
-    many = 143 if intel and not amx else 144
+    many = 143 if library == "mkl" and not amx else 144
     assert cpu.rows_wanted(143, torch.bfloat16, 16) == many
 
 
@@ -168,24 +168,29 @@ def test_shapes_that_do_not_fit_are_refused(
 
 
 @pytest.mark.parametrize(
-    ("cpuinfo", "expected"),
+    ("cpuinfo", "intel", "amd"),
     [
-        ("processor\t: 0\nvendor_id\t: GenuineIntel\nmodel\t: 207\n", True),
-        ("processor\t: 0\nvendor_id\t: AuthenticAMD\nmodel\t: 17\n", False),
-        ("processor\t: 0\nBogoMIPS\t: 243.75\nCPU implementer\t: 0x41\n", False),
-        (None, True),
+        ("processor\t: 0\nvendor_id\t: GenuineIntel\nmodel\t: 207\n", True, False),
+        ("processor\t: 0\nvendor_id\t: AuthenticAMD\nmodel\t: 17\n", False, True),
+        ("processor\t: 0\nBogoMIPS\t: 243.75\nCPU implementer\t: 0x41\n", False, False),
+        (None, True, False),
     ],
     ids=["Intel", "AMD", "ARM", "Windows"],
 )
-def test_intel_is_told_by_its_name(
-    cpuinfo: str | None, expected: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+def test_a_cpu_is_told_by_its_maker(
+    cpuinfo: str | None,
+    intel: bool,
+    amd: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
     if cpuinfo is not None:
         (tmp_path / "cpuinfo").write_text(cpuinfo)
     monkeypatch.setattr(matrices, "_CPUINFO", tmp_path / "cpuinfo")
     name = "Intel64 Family 6 Model 85 Stepping 7, GenuineIntel"
     monkeypatch.setattr(matrices.platform, "processor", lambda: name)
-    assert matrices._is_intel.__wrapped__() == expected
+    monkeypatch.setattr(matrices, "_vendor", matrices._vendor.__wrapped__)
+    assert (matrices._is_intel(), matrices._is_amd()) == (intel, amd)
 
 
 @pytest.mark.skipif("mkl" not in LIBRARIES, reason="torch has no MKL here")
@@ -268,10 +273,11 @@ def threads() -> Iterator[Callable[[int], None]]:
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("library", ["onednn"], indirect=True)
-@pytest.mark.usefixtures("library")
-def test_experts_show_onednn_few_numbers_of_rows(shown: list[int]) -> None:
+def test_experts_show_onednn_few_numbers_of_rows(
+    shown: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It compiles a product for each."""
+    monkeypatch.setattr(matrices, "_vendor", lambda: "")
     D, every = 32, set()
     norm = Norm(torch.ones(D), torch.zeros(D), 1e-5)
     matrix = cpu.pack_weight(torch.eye(D))
@@ -287,9 +293,26 @@ def test_experts_show_onednn_few_numbers_of_rows(shown: list[int]) -> None:
     assert len(every) == 32 + 4 * 16
 
 
+@pytest.mark.parametrize(("vendor", "fewest"), [("", 1), ("GenuineIntel", 1), ("AuthenticAMD", 6)])
+def test_an_expert_multiplies_six_rows_where_those_are_faster(
+    vendor: str, fewest: int, shown: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(matrices, "_vendor", lambda: vendor)
+    D, dtype = 32, DTYPES[-1]
+    eye_DD, x_TD = torch.eye(D, dtype=dtype), normal(9, D, dtype=dtype)
+    norm = Norm(torch.ones(D, dtype=dtype), torch.zeros(D, dtype=dtype), 1e-5)
+    # the first feature is the largest of one token, the second that of eight
+    x_TD[:, :2] = torch.tensor([0, 9])
+    x_TD[4, :2] = torch.tensor([9, 0])
+    packed = [cpu.pack_weight(eye_DD)] * 2
+    moe = MoEWeights(eye_DD[:2], packed, packed, eye_DD[0], 1, False)
+    cpu.moe_block(x_TD, torch.zeros_like(x_TD), norm, moe, norm)
+    assert shown == [fewest, fewest, 8, 8]
+
+
 @pytest.mark.skipif("mkl" not in LIBRARIES, reason="torch has no MKL here")
 def test_mkl_multiplies_no_rows_in_vain(shown: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(matrices, "_is_intel", lambda: True)
+    monkeypatch.setattr(matrices, "_vendor", lambda: VENDORS["mkl"])
     model = NomicMoEModel.from_pretrained(data.TINY, device="cpu")
     with torch.no_grad():
         model.forward_packed(torch.arange(129), [100, 29])

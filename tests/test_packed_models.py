@@ -15,7 +15,7 @@ from nomoe import NomicMoEModel, data
 from nomoe.model import NomicMoEOutput
 from nomoe.moe import Linear
 from nomoe_kernels import cpu, matrices
-from tests.conftest import LIBRARIES
+from tests.conftest import LIBRARIES, VENDORS
 from tests.test_cpu_ops import DTYPES, embed, packed
 
 pytestmark = pytest.mark.skipif(not DTYPES, reason="torch has no oneDNN here")
@@ -148,7 +148,7 @@ def widened(monkeypatch: pytest.MonkeyPatch) -> NomicMoEModel:
     """The tiny model in bfloat16, many rows of which a CPU multiplies in float32."""
     if len(DTYPES) < 2 or "mkl" not in LIBRARIES:
         pytest.skip("torch has no MKL or no bfloat16 here")
-    monkeypatch.setattr(matrices, "_is_intel", lambda: True)
+    monkeypatch.setattr(matrices, "_vendor", lambda: VENDORS["mkl"])
     monkeypatch.setattr(matrices, "_has_amx", lambda: False)
     return NomicMoEModel.from_pretrained(data.TINY, device="cpu", dtype="bfloat16")
 

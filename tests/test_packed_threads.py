@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from nomoe import NomicMoEModel, packable
 from nomoe.packable import LAYING_OUT, Packable
 from nomoe_kernels import cpu
+from tests.conftest import VENDORS
 from tests.test_cpu_ops import DTYPES, embed, packed
 
 ROOT = Path(__file__).parent.parent
@@ -45,7 +46,7 @@ def test_a_thread_may_write_while_another_embeds(way: str, library: str) -> None
         "import sys, threading, time, torch; sys.path[:0] = ['.', 'kernels']\n"
         "from nomoe import NomicMoEModel, data\n"
         "from nomoe_kernels import matrices\n"
-        f"matrices._is_intel = lambda: {library == 'mkl'}\n"
+        f"matrices._vendor = lambda: '{VENDORS[library]}'\n"
         "torch.set_num_threads(1); sys.setswitchinterval(1e-5); torch.set_grad_enabled(False)\n"
         "model = NomicMoEModel.from_pretrained(data.TINY, device='cpu')\n"
         "layer = model.encoder.layers[0].attn.Wqkv\n"

@@ -342,7 +342,8 @@ def test_full_width_holds_in_float16(drawn_once: None) -> None:
 def test_full_width_holds_in_bfloat16(drawn_once: None, monkeypatch: pytest.MonkeyPatch) -> None:
     # as on CPUs with and without products in bfloat16 that are worth it
     for widens in (True, False):
-        monkeypatch.setattr(matrices, "_is_intel", lambda widens=widens: widens)
+        vendor = "GenuineIntel" if widens else "AuthenticAMD"
+        monkeypatch.setattr(matrices, "_vendor", lambda vendor=vendor: vendor)
         monkeypatch.setattr(matrices, "_has_amx", lambda: False)
         checks = verify.verify_golden(torch.device("cpu"), torch.bfloat16, "torch")
         assert len(checks) == 8

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .matrices import Matrix, WideMatrix, in_mkl, pack_weight, widens
+from .matrices import Matrix, WideMatrix, fewest_rows, in_mkl, pack_weight, widens
 from .reference import MoEWeights, Norm, Packing, embed, pack, pool, route
 
 __all__ = [
@@ -126,8 +126,10 @@ def moe_block(
     experts_R = experts_TK.flatten()
     order_R = experts_R.argsort(stable=True)
     counts = experts_R.bincount(minlength=len(moe.w1_EDF)).tolist()
+    fewest = fewest_rows()
     # a few rows more for the last expert to round up into
-    rows_RD = z_TD[F.pad(order_R // K, (0, min(R, _ROWS_AT_ONCE) // 16))]
+    more = max(fewest - 1, min(R, _ROWS_AT_ONCE) // 16) if R else 0
+    rows_RD = z_TD[F.pad(order_R // K, (0, more))]
     # one expert at a time, some rows at a time: the (rows, F) between its products stays in the
     # cache, and oneDNN meets few numbers of rows
     products = []
@@ -137,7 +139,8 @@ def moe_block(
         for done in range(0, count, _ROWS_AT_ONCE):
             some = min(count - done, _ROWS_AT_ONCE)
             first = start + done
-            rows = rows_RD[first : first + rows_wanted(some, w1_FD.packed.dtype, 16)]
+            wanted = max(fewest, rows_wanted(some, w1_FD.packed.dtype, 16))
+            rows = rows_RD[first : first + wanted]
             products.append(linear(linear(rows, up_FD, None, gelu=True), down_DF, None)[:some])
     # one row more for the bias, which every token adds to its own; float32 makes all float32
     products_RD = torch.cat([*products, moe.bias_D.float()[None]])
