@@ -21,18 +21,19 @@ from nomoe_kernels.reference import MoEWeights, Norm
 from tests.conftest import LIBRARIES, VENDORS
 
 DTYPES = [dtype for dtype in (torch.float32, torch.bfloat16) if cpu.supports(dtype)]
-KINDS = [(library, dtype) for library in LIBRARIES for dtype in DTYPES]
+MAKERS = ["AuthenticAMD", *(VENDORS[library] for library in LIBRARIES)]
+KINDS = [(maker, dtype) for maker in MAKERS for dtype in DTYPES]
 # of the largest number of a product: some roundings of its operands' dtype
 BOUNDS = {torch.float32: 2e-6, torch.bfloat16: 1e-2}
 
 pytestmark = pytest.mark.skipif(not DTYPES, reason="torch has no oneDNN here")
 
 
-@pytest.fixture(params=KINDS, ids=lambda kind: f"{kind[0]}-{kind[1]}")
+@pytest.fixture(params=KINDS, ids=lambda kind: f"{kind[0] or 'unknown'}-{kind[1]}")
 def dtype(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.dtype:
-    """One with products at speed, in each library that has them."""
-    library, dtype = request.param
-    monkeypatch.setattr(matrices, "_vendor", lambda: VENDORS[library])
+    """One with products at speed, in each library that has them and as on each maker's CPUs."""
+    maker, dtype = request.param
+    monkeypatch.setattr(matrices, "_vendor", lambda: maker)
     monkeypatch.setattr(matrices, "_has_amx", lambda: False)
     return dtype  # type: ignore[no-any-return]
 
@@ -76,7 +77,9 @@ def test_linear(rows: int, dtype: torch.dtype) -> None:
     assert cpu.linear(x_TI[:0], packed, bias_O, gelu=True).shape == (0, 80)
 
 
-@pytest.mark.skipif(len(KINDS) < 4, reason="torch has no MKL or no bfloat16 here")
+@pytest.mark.skipif(
+    "mkl" not in LIBRARIES or len(DTYPES) < 2, reason="torch has no MKL or no bfloat16 here"
+)
 @pytest.mark.parametrize(
     ("rows", "library", "amx", "expected"),
     [
@@ -293,21 +296,32 @@ def test_experts_show_onednn_few_numbers_of_rows(
     assert len(every) == 32 + 4 * 16
 
 
+@pytest.mark.parametrize("tokens", [1, 9])
 @pytest.mark.parametrize(("vendor", "fewest"), [("", 1), ("GenuineIntel", 1), ("AuthenticAMD", 6)])
 def test_an_expert_multiplies_six_rows_where_those_are_faster(
-    vendor: str, fewest: int, shown: list[int], monkeypatch: pytest.MonkeyPatch
+    vendor: str, fewest: int, tokens: int, shown: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The last one too, after whose rows none are left."""
     monkeypatch.setattr(matrices, "_vendor", lambda: vendor)
     D, dtype = 32, DTYPES[-1]
-    eye_DD, x_TD = torch.eye(D, dtype=dtype), normal(9, D, dtype=dtype)
+    eye_DD, x_TD = torch.eye(D, dtype=dtype), normal(tokens, D, dtype=dtype)
     norm = Norm(torch.ones(D, dtype=dtype), torch.zeros(D, dtype=dtype), 1e-5)
-    # the first feature is the largest of one token, the second that of eight
-    x_TD[:, :2] = torch.tensor([0, 9])
-    x_TD[4, :2] = torch.tensor([9, 0])
     packed = [cpu.pack_weight(eye_DD)] * 2
     moe = MoEWeights(eye_DD[:2], packed, packed, eye_DD[0], 1, False)
-    cpu.moe_block(x_TD, torch.zeros_like(x_TD), norm, moe, norm)
-    assert shown == [fewest, fewest, 8, 8]
+    eyes_EDD = torch.eye(D).double().expand(2, D, D)
+    exact_norm = Norm(norm.weight_D.double(), norm.bias_D.double(), norm.eps)
+    exact_moe = MoEWeights(eyes_EDD[0, :2], eyes_EDD, eyes_EDD, eyes_EDD[0, 0], 1, False)
+    # one token is the first expert's and all others the second's, or the other way round
+    for one, others in ((0, 1), (1, 0)):
+        x_TD[:, :2] = 9 * eye_DD[others, :2]
+        x_TD[0, :2] = 9 * eye_DD[one, :2]
+        y_TD = torch.zeros_like(x_TD)
+        exact_TD = reference.moe_block(x_TD.double(), y_TD, exact_norm, exact_moe, exact_norm)[0]
+        shown.clear()
+        found_TD = cpu.moe_block(x_TD, y_TD, norm, moe, norm)[0]
+        rows = {one: fewest, others: tokens - 1}
+        assert shown[::2] == shown[1::2] == [rows[expert] for expert in (0, 1) if rows[expert]]
+        assert off(found_TD, exact_TD) < BOUNDS[dtype]
 
 
 @pytest.mark.skipif("mkl" not in LIBRARIES, reason="torch has no MKL here")
