@@ -68,6 +68,14 @@ class Stack(NamedTuple):
         stacked = tensor.unflatten(0, (self.matrices, -1))
         return list(stacked.transpose(1, 2) if self.transposed else stacked)
 
+    def rows(self, tensor: Tensor) -> list[Tensor]:
+        """As `views`, but a copy of all where they are transposed: contiguous matrices.
+
+        Copies of one at a time would leave holes in memory, between the matrices that are packed.
+        """
+        views = self.views(tensor)
+        return list(torch.stack(views)) if self.transposed else views
+
 
 class Seal(NamedTuple):
     """What a sealed parameter's numbers are in."""
@@ -279,7 +287,7 @@ class Packable(nn.Module):
                 seals = {}
                 for name in plain:
                     stack = self.stacks[name]
-                    matrices = [cpu.pack_weight(one) for one in stack.views(plain[name].data)]
+                    matrices = [cpu.pack_weight(one) for one in stack.rows(plain[name].data)]
                     seals[name] = Seal(stack, matrices)
                 for name, seal in seals.items():
                     # but where a handler of a signal, say, has asked for it meanwhile

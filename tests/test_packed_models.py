@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -40,6 +43,33 @@ def test_layers_may_be_taken_out_and_exchanged(model: NomicMoEModel) -> None:
     assert not any(part.packed for part in gone.modules() if isinstance(part, Linear))
     size = sum(one.nbytes for one in model.state_dict().values())
     assert len(pickle.dumps(model)) < size + 200_000
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux tells what is in use")
+def test_packed_matrices_take_hardly_more_memory_than_plain_ones() -> None:
+    """A process apart, whose memory has no holes yet."""
+    code = (
+        "import sys, torch; sys.path[:0] = ['.', 'kernels']\n"
+        "from nomoe import NomicMoEConfig, data\n"
+        "from nomoe.moe import ExpertWeights\n"
+        "from nomoe_kernels import matrices\n"
+        "matrices._vendor = lambda: ''\n"
+        "def in_use():\n"
+        "    lines = open('/proc/self/status').read().splitlines()\n"
+        "    return next(int(l.split()[1]) for l in lines if l.startswith('RssAnon')) * 1024\n"
+        "config = NomicMoEConfig.from_json(data.FULL_WIDTH / 'config.json')\n"
+        "warm = ExpertWeights(NomicMoEConfig.from_json(data.TINY / 'config.json'))\n"
+        "warm.eval().pack()\n"
+        "before = in_use()\n"
+        "layers = [ExpertWeights(config).eval() for _ in range(2)]\n"
+        "size = sum(one.detach().zero_().nbytes for l in layers for one in l.parameters())\n"
+        "for layer in layers: layer.pack()\n"
+        "assert all(layer.packed for layer in layers)\n"
+        "print((in_use() - before) / size)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert 0.9 < float(result.stdout) < 1.1
 
 
 @pytest.mark.parametrize("by_layer", [False, True])
