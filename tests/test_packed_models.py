@@ -21,6 +21,8 @@ from nomoe_kernels import cpu, matrices
 from tests.conftest import LIBRARIES, VENDORS
 from tests.test_cpu_ops import DTYPES, embed, packed
 
+ROOT = Path(__file__).parent.parent
+
 pytestmark = pytest.mark.skipif(not DTYPES, reason="torch has no oneDNN here")
 
 
@@ -67,7 +69,7 @@ def test_packed_matrices_take_hardly_more_memory_than_plain_ones() -> None:
         "assert all(layer.packed for layer in layers)\n"
         "print((in_use() - before) / size)\n"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert 0.9 < float(result.stdout) < 1.1
 

@@ -142,7 +142,7 @@ def in_mkl(dtype: torch.dtype) -> bool:
     On two cores of Emerald Rapids, with AVX-512 and with AVX2, MKL takes 0.8 to 0.95 of oneDNN's
     time up to 256 rows and all of it beyond, and it compiles nothing for each number of rows. On
     CPUs of others oneDNN stays: on two cores of Zen 4 MKL takes 1.1 to 1.3 times as long from 512
-    rows on, up to 4.5 times for few.
+    rows on, up to 5 times for few.
     """
     return dtype == torch.float32 and torch.backends.mkl.is_available() and _is_intel()
 
@@ -167,7 +167,7 @@ def fewest_rows() -> int:
     """How many rows of an expert's to multiply at least, if need be with others.
 
     On two cores of Zen 4 oneDNN takes 1.1 to 1.7 times as long for one row or two as for six in
-    float32, 1.1 to 1.4 times in bfloat16, and up to 1.2 times for three to five. AMD's other CPUs
+    float32, 1.1 to 1.6 times in bfloat16, and up to 1.2 times for three to five. AMD's other CPUs
     are taken to be alike; CPUs of others have not been measured.
     """
     return 6 if _is_amd() else 1
