@@ -170,6 +170,8 @@ def run_batches(
     """
     waiting: deque[tuple[Batch, Callable[[], Result]]] = deque()
     most: int | None = None
+    # the part whose last try came after memory was given back
+    relieved: Batch | None = None
     for batch in batches:
         parts = [batch]
         while parts:
@@ -182,7 +184,7 @@ def run_batches(
                 waiting.append((part, launch(part)))
                 is_short = False
             except torch.OutOfMemoryError as error:
-                if not is_divisible and not waiting:
+                if not is_divisible and not waiting and part is relieved:
                     raise torch.OutOfMemoryError(
                         f"a text of {tokens} tokens does not fit in memory even by itself: free "
                         f"some, lower max_seq_length or take a smaller dtype ({error})"
@@ -194,6 +196,7 @@ def run_batches(
                 yield done, finish()
             if is_short:
                 relieve()
+                relieved = part
                 halves = part.halve()
                 if most is None and halves:
                     logger.warning(

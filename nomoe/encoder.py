@@ -209,7 +209,8 @@ class Encoder:
             RuntimeError: The device, or the backend on it, cannot run here.
         """
         device = resolve_device(device)
-        if device.type != self.device.type:
+        # with its number, which "cuda" has not
+        if torch.empty(0, device=device).device != self.device:
             # what it holds there would be in the way
             self._engine.relieve()
         self.model.to(device)
@@ -228,7 +229,8 @@ class Encoder:
 
         On CUDA with the triton backend that is compiling kernels, which takes seconds to a minute
         where Triton's cache on disk has none, and recording a CUDA graph for every bucket that a
-        call of so many texts can meet; calls of few tokens then replay them. Without `warmup` a
+        batch of so many texts can meet; batches of few tokens then replay them. A call that takes
+        more than one batch has smaller ones among them, which may meet others. Without `warmup` a
         bucket is recorded when it is met for the second time. Elsewhere one small batch runs.
 
         Args:

@@ -8,8 +8,9 @@ A recording has a fixed number of tokens and texts, its bucket. A batch takes th
 fits; what is left over is padding, which is in no expert's group and no text's attention. Its
 vectors may differ in their last bits from those of a batch run as it is, and only because torch's
 matrix products choose an algorithm by the number of rows, and attention the size of its blocks.
-The kernels' own products are cut alike: configurations are chosen by power of two, and the
-buckets lie so that the batch and its bucket have the same. With batch_invariant no bit differs.
+The kernels' own products are cut alike: configurations are chosen by power of two, and where a
+token has one expert or two, as published, the buckets lie so that the batch and its bucket have the
+same. With batch_invariant no bit differs.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from bisect import bisect_left
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
+from functools import partial
 from itertools import chain
 from operator import getitem, itemgetter
 from typing import Any, NamedTuple, Protocol
@@ -36,9 +38,10 @@ from .model import NomicMoEModel, NomicMoEOutput
 logger = logging.getLogger(__name__)
 
 # Tokens and texts of the buckets. Powers of two and those midway between waste less than a third
-# of the rows of the dense products; texts cost only programs that leave at once. Above the largest
-# a forward takes the GPU longer than its launches take the host: beside an H200 those took 7 to 9
-# ms, whatever the batch, and 4,096 tokens in float16 took 2.4 ms of the GPU, 32,768 took 15.
+# of the rows of the dense products from 17 tokens on (fewer share one block of rows in any case);
+# texts cost only programs that leave at once. Above the largest a forward takes the GPU longer than
+# its launches take the host: beside an H200 those took 7 to 9 ms, whatever the batch, and 4,096
+# tokens in float16 took 2.4 ms of the GPU, 32,768 took 15.
 BUCKET_TOKENS = (
     8,
     16,
@@ -300,12 +303,15 @@ class _Snapshot:
         return list(map(Tensor.data_ptr, parameters))  # type: ignore[arg-type]
 
     def _current_rest(self, model: NomicMoEModel) -> tuple[object, ...]:
+        matmul = torch.backends.cuda.matmul
         return (
             model.device,
             model.dtype,
             model.backend.takes_tables,
             # the older names of it raise where a user has set the newer ones
-            torch.backends.cuda.matmul.fp32_precision,
+            matmul.fp32_precision,
+            matmul.allow_fp16_reduced_precision_reduction,
+            matmul.allow_bf16_reduced_precision_reduction,
         )
 
 
@@ -342,7 +348,7 @@ class Engine:
     Args:
         model: The model.
         make_recorder: Makes what records its forwards, or None; tests put in their own.
-        most_recordings: Recordings kept at a time.
+        most_recordings: Recordings kept at a time; with 0 every batch runs as it is.
     """
 
     def __init__(
@@ -360,7 +366,10 @@ class Engine:
 
     def __reduce__(self) -> tuple[Any, ...]:
         # locks and recordings belong to a process; a copy makes its own
-        return type(self), (self.model,)
+        return partial(type(self), most_recordings=self._most_recordings), (self.model,)
+
+    def _new_recorder(self) -> Recorder | None:
+        return self._make_recorder(self.model) if self._most_recordings else None
 
     def _forget(self) -> None:
         self._recorder: Recorder | None = None
@@ -442,7 +451,7 @@ class Engine:
         budget = token_budget(self.model)
         texts = min(texts, budget)
         most = texts * longest
-        if self._make_recorder(self.model) is None:
+        if self._new_recorder() is None:
             self.embed([0] * min(8, longest), [min(8, longest)], pooling, to_host=True)()
             return
         for tokens in BUCKET_TOKENS:
@@ -496,8 +505,13 @@ class Engine:
         """
         model = self.model
         device = model.device
+        if not model.backend.takes_tables:
+            # it may have left a device where others want the room
+            if self._snapshot is not None:
+                self.reset()
+            return None
         # autocast changes what a forward launches
-        if not model.backend.takes_tables or torch.is_autocast_enabled(device.type):
+        if torch.is_autocast_enabled(device.type):
             return None
         with self._lock:
             if self._snapshot is None or not self._snapshot.holds(model):
@@ -505,7 +519,7 @@ class Engine:
                 snapshot = _Snapshot(model)
                 if not snapshot.holds(model):
                     return None
-                self._snapshot, self._recorder = snapshot, self._make_recorder(model)
+                self._snapshot, self._recorder = snapshot, self._new_recorder()
             if self._recorder is None:
                 return None
             kept = self._recordings.get(key)

@@ -62,9 +62,14 @@ def quantize(
 
     Returns:
         (n, d) float32, int8 or uint8; (n, d / 8) int8 for binary, uint8 for ubinary.
+
+    Raises:
+        ValueError: Vectors that are not finite, for which only float32 has room.
     """
     if precision == "float32":
         return vectors
+    if not np.isfinite(vectors).all():
+        raise ValueError(f"precision {precision!r} has no code for a vector that is not finite")
     if precision in ("binary", "ubinary"):
         packed: npt.NDArray[np.uint8] = np.packbits(vectors > 0, axis=1)
         # sentence-transformers' convention: the signed form is the unsigned one less 128

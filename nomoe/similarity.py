@@ -78,4 +78,5 @@ def _tensor(given: Any) -> Tensor:
     if isinstance(given, np.ndarray):
         # copied only where torch warns of it or cannot view it
         given = np.require(given, given.dtype.newbyteorder("="), ["C", "W"])
-    return torch.as_tensor(given)
+    # wherever torch's default device is
+    return given if isinstance(given, Tensor) else torch.as_tensor(given, device="cpu")

@@ -262,6 +262,19 @@ def test_a_text_that_fits_nowhere_is_an_error(depth: int, sizes: list[list[int]]
         device.run(batches_of(*sizes), depth)
 
 
+def test_a_text_alone_is_tried_again_once_memory_was_given_back() -> None:
+    """What recordings hold torch cannot free by itself."""
+    device = Device(10)
+
+    def relieve() -> None:
+        device.relieve()
+        device.room = 20
+
+    stream = run_batches(iter(batches_of([11])), device.launch, depth=2, relieve=relieve)
+    assert [result for _, result in stream] == [[0]]
+    assert (device.refused, device.relieved) == (1, 1)
+
+
 def test_halves_hold_about_as_many_tokens() -> None:
     for lengths in ([512, 1], [10] * 7, [100, 40, 30, 20, 10], [1, 1, 1, 300]):
         (batch,) = batches_of(lengths)

@@ -127,6 +127,7 @@ def test_text_and_jsonl_need_no_pyarrow(text_file: Path, tiny_folder: Path) -> N
         "assert done == 0\n"
         "assert cli.main(['embed', out, '-o', source + '.parquet', *model]) == 2\n"
         "assert cli.main(['embed', source + '.parquet', '-o', source + '.2.npy', *model]) == 2\n"
+        "assert cli.main(['embed', 's3://b/x.jsonl', '-o', source + '.2.npy', *model]) == 2\n"
     )
     text_file.with_name("texts.txt.parquet").write_bytes(b"PAR1")
     done = subprocess.run(
@@ -135,6 +136,7 @@ def test_text_and_jsonl_need_no_pyarrow(text_file: Path, tiny_folder: Path) -> N
     assert done.returncode == 0, done.stderr
     assert "writing Parquet needs pyarrow: pip install 'nomoe[parquet]'" in done.stderr
     assert "reading parquet files needs pyarrow: pip install 'nomoe[parquet]'" in done.stderr
+    assert "opening s3://b/x.jsonl needs pyarrow: pip install 'nomoe[parquet]'" in done.stderr
     assert np.load(str(text_file) + ".npy").shape == (5, 96)
 
 

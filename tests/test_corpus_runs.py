@@ -288,6 +288,10 @@ def test_a_checkpoint_without_its_tokenizer_is_refused_before_the_input_is_read(
     assert not out.exists()
 
 
+def test_a_cpu_by_number_is_one_that_processes_share() -> None:
+    assert workers.choose_devices("cpu:0", 2) == ["cpu", "cpu"]
+
+
 def test_the_last_shard_has_the_threads_of_those_before(
     tmp_path: Path, shallow_model: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -617,6 +617,7 @@ def test_torchs_default_device_changes_nothing(tiny_folder: Path) -> None:
             *encoder.stream(texts, "query", precision="int8"),
             *token_embeddings,
             encoder.route(texts).counts,
+            encoder.similarity(np.eye(3), np.eye(3).tolist()),
         ]
 
     expected = everything()

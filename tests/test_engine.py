@@ -406,11 +406,46 @@ def test_a_users_precision_of_products_by_its_newer_name(model: Any) -> None:
         torch.backends.cuda.matmul.fp32_precision = before
 
 
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_a_recording_sums_products_as_the_user_asks(model: Any, dtype: str) -> None:
+    runner, recorder = engine_of(model)
+    name = f"allow_{dtype}_reduced_precision_reduction"
+    before = getattr(torch.backends.cuda.matmul, name)
+    try:
+        for allowed, records in ((True, 1), (False, 2)):
+            setattr(torch.backends.cuda.matmul, name, allowed)
+            for _ in range(2):
+                run(runner, [5])
+            assert recorder.records == records
+    finally:
+        setattr(torch.backends.cuda.matmul, name, before)
+
+
 def test_autocast_is_not_replayed(model: Any) -> None:
     runner, recorder = engine_of(model)
     run(runner, [5])
     with torch.autocast("cpu", enabled=True, dtype=torch.float16):
         runner._replay(engine._Key(Bucket(8, 1), POOLING), [1], [1], True)
+    assert recorder.records == 0
+
+
+def test_a_model_that_leaves_triton_leaves_no_recordings(model: Any) -> None:
+    """As `model.cpu()` does: what it held on the device is for others."""
+    runner, recorder = engine_of(model)
+    for _ in range(2):
+        run(runner, [5])
+    model.backend = StandInBackend(takes_tables=False)
+    assert runner._replay(engine._Key(Bucket(8, 1), POOLING), [1], [1], True) is None
+    assert runner.recordings == []
+    assert recorder.releases == 1
+    assert runner._buffers is None
+
+
+def test_no_recordings_may_be_asked_for(model: Any) -> None:
+    runner, recorder = engine_of(model, most_recordings=0)
+    for _ in range(3):
+        assert torch.equal(run(runner, [5]), expected(model, [5]))
+    runner.prepare(2, 8, POOLING)
     assert recorder.records == 0
 
 
@@ -482,8 +517,9 @@ def test_preparing_for_more_texts_than_a_batch_has(
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))])
 def test_engines_are_copied_without_their_recordings(model: Any, duplicate: Any) -> None:
-    other = duplicate(Engine(model))
+    other = duplicate(Engine(model, most_recordings=3))
     assert other.recordings == []
+    assert other._most_recordings == 3
     torch.testing.assert_close(run(other, [5]), expected(model, [5]), atol=DRIFT, rtol=0)
 
 

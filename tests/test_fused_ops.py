@@ -659,6 +659,8 @@ def test_bad_routings_are_refused() -> None:
         fused.permute(experts_TK, 8)
     with pytest.raises(ValueError, match="runs from -1 to 7"):
         fused.permute(experts_TK - 1, 8)
+    with pytest.raises(ValueError, match=r"536870913 tokens make more than 2\^30 rows"):
+        fused.permute(experts_TK[:1, :2].expand((1 << 29) + 1, 2), 8)
     with pytest.raises(ValueError, match=r"torch.int32, expected \(T, K\) of torch.int64"):
         fused.permute(experts_TK.int(), 8)
     rows, weight = torch.ones(4, 16, device=DEVICE), torch.ones(2, 16, 16, device=DEVICE)

@@ -59,6 +59,15 @@ def test_binary_agrees_with_sentence_transformers(vectors: np.ndarray) -> None:
         assert np.array_equal(ours, theirs)
 
 
+@pytest.mark.parametrize("precision", ["int8", "uint8", "binary", "ubinary"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_what_is_not_finite_has_no_code(vectors: np.ndarray, precision: str, value: float) -> None:
+    vectors[7, 3] = value
+    with pytest.raises(ValueError, match="not finite"):
+        quantize(vectors, precision)
+    assert quantize(vectors, "float32") is vectors
+
+
 def test_bits_by_hand() -> None:
     row = np.array([[1, -1, 1, 1, -1, -1, -1, 0.5]], dtype=np.float32)
     assert quantize(row, "ubinary").tolist() == [[0b10110001]]

@@ -15,6 +15,8 @@ from .reference import Norm
 
 MAX_EXPERTS = 64
 MAX_TOP_K = 8
+# int32 numbers them, and has to number what the last program has room for
+MAX_ROWS = 1 << 30
 # blocks of keys and values of wider heads may not fit a device's shared memory
 MAX_HEAD_WIDTH = 64
 
@@ -82,10 +84,14 @@ def router(router_weight_ED: Tensor, x_TD: Tensor, top_k: int) -> int:
     experts = router_weight_ED.shape[0] if router_weight_ED.dim() else 0
     tensor("router_weight_ED", router_weight_ED, (experts, x_TD.shape[1]), like=x_TD)
     counts(experts, top_k)
-    # rows are numbered in int32
-    if len(x_TD) * top_k >= 1 << 31:
-        raise ValueError(f"{len(x_TD)} tokens make more than 2^31 rows; split them")
+    rows(len(x_TD), top_k)
     return experts
+
+
+def rows(tokens: int, top_k: int) -> None:
+    """Check the number of rows."""
+    if tokens * top_k > MAX_ROWS:
+        raise ValueError(f"{tokens} tokens make more than 2^30 rows; split them")
 
 
 def integers(name: str, tensor: Tensor, length: int, dtype: torch.dtype, like: Tensor) -> None:

@@ -88,6 +88,7 @@ def permute(experts_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
         )
     checks.device("experts_TK", experts_TK)
     checks.counts(num_experts, experts_TK.shape[1])
+    checks.rows(*experts_TK.shape)
     experts_TK = experts_TK.contiguous()
     R = experts_TK.numel()
     if R == 0:
@@ -225,6 +226,9 @@ def linear(
     Raises:
         ValueError: Shapes, dtypes, devices or strides that no kernel takes.
     """
+    if x_TI.dtype != weight_OI.dtype and torch.is_autocast_enabled(x_TI.device.type):
+        # of which autocast makes one dtype
+        tile = "library"
     if tile is None:
         outer, inner = weight_OI.shape
         shape = DenseShape(inner, outer, x_TI.itemsize, len(x_TI), gelu)

@@ -1,4 +1,7 @@
-"""How `nomoe_kernels.fused` launches its kernels: grids, blocks and warps. Nothing is checked."""
+"""How `nomoe_kernels.fused` launches its kernels: grids, blocks and warps.
+
+Callers check the arguments; tiles, splits and the alignment of addresses are checked here.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Triton kernels that choose experts, order rows by expert and sum them again.
 
 None of them uses an atomic or a sort: which program writes what depends on the shapes alone, so
-results repeat bit for bit. Row offsets are int64; row numbers fit int32 (R < 2^31).
+results repeat bit for bit. Row offsets are int64; row numbers fit int32 (R at most 2^30).
 """
 
 from __future__ import annotations

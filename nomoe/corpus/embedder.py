@@ -226,7 +226,7 @@ class Embedder:
         self.config = model.config
         # a batch that replays a recording may differ in its last bits from one that runs as it is,
         # and which of them do depends on what ran before
-        self._engine = Engine(model, make_recorder=lambda _: None)
+        self._engine = Engine(model, most_recordings=0)
         self._plan = pipeline.Plan(
             prefix=settings.prompt,
             max_length=settings.max_seq_length,

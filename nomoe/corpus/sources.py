@@ -293,13 +293,13 @@ def _file_system(uri: str) -> tuple[Any, str]:
 
 
 def _find_remote(uri: str) -> list[Source]:
-    from pyarrow import fs
-
     # what is listed of a pattern: the folder before its first wild card
     bare = _OPTIONS.sub("", uri)
     options = uri.removeprefix(bare)
     root, magic = split_pattern(bare)
     system, inside = _file_system(root.rstrip("/") + options)
+    from pyarrow import fs
+
     prefix = unquote(root.rstrip("/")).removesuffix(inside)
     info = system.get_file_info(inside)
     if info.type == fs.FileType.NotFound:

@@ -133,7 +133,8 @@ def choose_devices(device: str | None, workers: int | None) -> list[str]:
 
     resolved = resolve_device(device)
     workers = None if workers is None else check_count("workers", workers)
-    names = [str(resolved)]
+    # a CPU's number means nothing
+    names = ["cpu" if resolved.type == "cpu" else str(resolved)]
     if resolved.type == "cuda" and device in (None, "cuda"):
         names = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
     if resolved.type == "cpu" and workers is None:
