@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, suppress
+from os import PathLike
 from pathlib import Path
 
 import torch
@@ -109,7 +110,11 @@ def locate(
         PermissionError: The Hub refuses access.
         ValueError: The revision does not exist, or is asked of a folder.
         ConnectionError: The Hub could not be reached, or the download broke.
+        TypeError: The name is neither a str nor a path.
     """
+    if not isinstance(name_or_path, str | PathLike):
+        kind = type(name_or_path).__name__
+        raise TypeError(f"the model is {kind}, expected a repository's name or a folder")
     repo = str(name_or_path)
     folder = Path(name_or_path).expanduser()
     if repo and folder.is_dir():

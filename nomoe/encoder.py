@@ -606,9 +606,11 @@ def _as_list(inputs: str | Sequence[str]) -> list[str]:
     # an array of no dimension has both, and no length
     sequence = sequence and getattr(inputs, "ndim", 1) > 0
     if not sequence or _is_table(inputs) or isinstance(inputs, bytes | bytearray):
+        hint = "stream() takes any iterable of str"
+        if _is_table(inputs):
+            hint = "of a table, pass one column"
         raise TypeError(
-            f"inputs is {type(inputs).__name__}, expected a str or a sequence of str; stream() "
-            "takes any iterable of str"
+            f"inputs is {type(inputs).__name__}, expected a str or a sequence of str; {hint}"
         )
     texts = list(inputs)
     check_texts(texts)

@@ -15,15 +15,16 @@ def cosine(embeddings1: Any, embeddings2: Any) -> Tensor:
 
     Args:
         embeddings1: (n, d) or (d,), an array, a tensor, or a list or tuple of vectors or numbers:
-            floating-point numbers or int8 codes. (uint8 codes are the same plus 128, and binary
-            ones hold eight features a byte: neither has a cosine of use.)
+            floating-point numbers or int8 codes. uint8 codes are the same plus 128 and have no
+            cosine of use; nor have binary ones of eight features a byte, though as int8 they are
+            not told from others.
         embeddings2: (m, d) or (d,).
 
     Returns:
         (n, m), float32; a single vector counts as one row.
 
     Raises:
-        ValueError: Other shapes.
+        ValueError: Other shapes, or codes in uint8.
     """
     first, second = _unit_rows(embeddings1, embeddings2)
     return first @ second.T
@@ -40,7 +41,7 @@ def cosine_pairwise(embeddings1: Any, embeddings2: Any) -> Tensor:
         (n,), float32.
 
     Raises:
-        ValueError: Other shapes.
+        ValueError: Other shapes, or codes in uint8.
     """
     first, second = _unit_rows(embeddings1, embeddings2)
     if len(first) != len(second):
@@ -51,7 +52,10 @@ def cosine_pairwise(embeddings1: Any, embeddings2: Any) -> Tensor:
 def _unit_rows(embeddings1: Any, embeddings2: Any) -> tuple[Tensor, Tensor]:
     rows = []
     for given in (embeddings1, embeddings2):
-        tensor = _tensor(given).float()
+        tensor = _tensor(given)
+        if tensor.dtype == torch.uint8:
+            raise ValueError("codes in uint8 have no cosine of use: take float32 or int8")
+        tensor = tensor.float()
         if tensor.dim() == 1:
             tensor = tensor[None]
         if tensor.dim() != 2:

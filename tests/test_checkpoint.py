@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from nomoe import NomicMoEConfig, NomicMoEModel
+from nomoe import Encoder, NomicMoEConfig, NomicMoEModel
 from nomoe.checkpoint import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE
 
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
@@ -227,6 +228,14 @@ def test_pickled_weights_are_named_and_never_read(bare_folder: Path, name: str) 
     with pytest.raises(ValueError, match="not a whole safetensors file"):
         load(bare_folder)
     assert not marker.exists()
+
+
+@pytest.mark.parametrize("name", [None, 3])
+def test_what_is_no_name(name: Any) -> None:
+    with pytest.raises(TypeError, match="expected a repository's name or a folder"):
+        Encoder.from_pretrained(name)
+    with pytest.raises(TypeError, match="expected a repository's name or a folder"):
+        NomicMoEModel.from_pretrained(name)
 
 
 def test_no_weights_at_all(bare_folder: Path) -> None:

@@ -173,6 +173,13 @@ def test_signals_are_as_before_once_a_command_has_ended() -> None:
         signal.signal(signal.SIGHUP, hung_up)
 
 
+def test_the_package_runs_as_the_command() -> None:
+    command = [sys.executable, "-m", "nomoe", "--help"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("usage: nomoe ")
+
+
 def test_standard_input_is_refused(
     tmp_path: Path, tiny_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -227,6 +227,11 @@ BROKEN = {
         ),
         "column 'when' holds list.*timestamp.*, which JSON has no value for",
     ),
+    "bytes for texts, into JSON": (
+        "in.parquet",
+        lambda path: pq.write_table(pa.table({"text": [b"a"]}), path),
+        "column 'text' holds binary, expected text",
+    ),
     "numbered already": (
         "in.parquet",
         lambda path: pq.write_table(pa.table({"text": ["a"], "source_row": [1]}), path),

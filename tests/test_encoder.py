@@ -386,7 +386,7 @@ NOT_TEXT: dict[str, tuple[Any, str]] = {
     "number": (3, "inputs is int"),
     "bytes": (b"text", "inputs is bytes"),
     "set": ({"a", "b"}, "inputs is set"),
-    "dict": ({"a": 1}, "inputs is dict"),
+    "dict": ({"a": 1}, "inputs is dict, .*; of a table, pass one column"),
     "generator": ((text for text in ["a"]), "inputs is generator"),
     "None inside": (["a", None], "text 1 is NoneType"),
     "bytes inside": (["a", "b", b"c"], "text 2 is bytes"),
@@ -492,6 +492,9 @@ def test_similarity(encoder: Encoder) -> None:
         encoder.similarity_pairwise(vectors[:3], vectors[:2])
     with pytest.raises(ValueError, match="96 and 32 features"):
         encoder.similarity(vectors, vectors[:, :32])
+    for codes in (np.ones((2, 96), np.uint8), torch.ones(2, 96, dtype=torch.uint8)):
+        with pytest.raises(ValueError, match="uint8 have no cosine"):
+            encoder.similarity(codes, vectors)
     with pytest.raises(ValueError, match=r"expected \(d,\) or \(n, d\)"):
         encoder.similarity(vectors[None], vectors)
     codes = encoder.encode(TEXTS[:6], "query", precision="int8")

@@ -192,7 +192,7 @@ def make_plan(
         needed = columns
         if source.format in ARROW_FORMATS:
             schema = arrow_schema(source)
-            planner.add_schema(schema, source.path)
+            planner.add_schema(schema, source.path, column)
             if left != 0:
                 # columns that go along are not looked at here, and yet must stay the same
                 hash_file(source.path, digest.update)
@@ -243,15 +243,15 @@ class _Planner:
         self._pieces: list[Piece] = []
         self._first = self._good = self._bytes = 0
 
-    def add_schema(self, schema: pa.Schema, path: str) -> None:
-        """Take in the columns of a typed file."""
+    def add_schema(self, schema: pa.Schema, path: str, column: str) -> None:
+        """Take in the columns of a typed file; whether `column` holds text its reader sees to."""
         self._note_names(schema.names, path)
         for field in schema:
             if self._columns is not None and field.name not in self._columns:
                 continue
             if self._types is not None:
                 self._types.merge(field.name, field.type, path)
-            elif self._form == "jsonl" and not _is_json(field.type):
+            elif self._form == "jsonl" and field.name != column and not _is_json(field.type):
                 raise ValueError(
                     f"{path}: column {field.name!r} holds {field.type}, which JSON has no value "
                     "for; leave it out with columns= (--columns), or write Parquet"

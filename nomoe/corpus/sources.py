@@ -7,7 +7,7 @@ import fnmatch
 import io
 import logging
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
@@ -65,7 +65,13 @@ def find_sources(inputs: str | Path | Sequence[str | Path]) -> list[Source]:
         ValueError: Standard input ("-"), a suffix that is not known, a compressed file, files of
             several formats, a file named twice, or a name that is not UTF-8.
         ImportError: A URI or a format that needs pyarrow, which is not installed.
+        TypeError: Something other than names.
     """
+    if isinstance(inputs, Mapping) or hasattr(inputs, "columns"):
+        raise TypeError(
+            f"inputs is {type(inputs).__name__}, expected names of files; texts in memory are for "
+            "Encoder.encode and Encoder.stream"
+        )
     given = [inputs] if isinstance(inputs, str | Path) else list(inputs)
     if not given:
         raise ValueError("no input is named")

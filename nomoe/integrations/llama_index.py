@@ -8,6 +8,7 @@ from llama_index.core.base.embeddings.base import BaseEmbedding
 from llama_index.core.bridge.pydantic import PrivateAttr
 
 from ..encoder import Encoder
+from . import check_encoder
 
 
 class NomicMoEEmbedding(BaseEmbedding):
@@ -24,6 +25,9 @@ class NomicMoEEmbedding(BaseEmbedding):
         embed_batch_size: Texts that LlamaIndex hands over at a time, at most 2048; the encoder
             makes its own batches of them by tokens.
         options: Other fields of `BaseEmbedding`, such as `callback_manager`.
+
+    Raises:
+        TypeError: `encoder` is none.
     """
 
     _encoder: Encoder = PrivateAttr()
@@ -36,6 +40,7 @@ class NomicMoEEmbedding(BaseEmbedding):
         embed_batch_size: int = 512,
         **options: Any,
     ) -> None:
+        check_encoder(encoder)
         super().__init__(model_name=model_name, embed_batch_size=embed_batch_size, **options)
         self._encoder = encoder
 

@@ -96,6 +96,15 @@ def test_llama_index_wants_the_models_name(encoder: Encoder) -> None:
         NomicMoEEmbedding(encoder)  # type: ignore[call-arg]
 
 
+def test_a_name_is_no_encoder_and_a_text_no_list(encoder: Encoder) -> None:
+    with pytest.raises(TypeError, match=r"encoder is str, .* nomoe\.Encoder\.from_pretrained"):
+        NomicMoEEmbeddings("nomic-ai/nomic-embed-text-v2-moe")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="encoder is str"):
+        NomicMoEEmbedding("tiny", model_name="tiny")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="texts is str"):
+        NomicMoEEmbeddings(encoder).embed_documents("one")  # type: ignore[arg-type]
+
+
 def test_check_sees_the_model_in_an_adapter(encoder: Encoder) -> None:
     adapters = (NomicMoEEmbeddings(encoder), NomicMoEEmbedding(encoder, model_name="tiny"))
     for adapter in adapters:
