@@ -170,8 +170,8 @@ def run_batches(
     """
     waiting: deque[tuple[Batch, Callable[[], Result]]] = deque()
     most: int | None = None
-    # the part whose last try came after memory was given back
-    relieved: Batch | None = None
+    # since the last launch that succeeded
+    is_relieved = False
     for batch in batches:
         parts = [batch]
         while parts:
@@ -182,9 +182,9 @@ def run_batches(
                 continue
             try:
                 waiting.append((part, launch(part)))
-                is_short = False
+                is_short = is_relieved = False
             except torch.OutOfMemoryError as error:
-                if not is_divisible and not waiting and part is relieved:
+                if not is_divisible and not waiting and is_relieved:
                     raise torch.OutOfMemoryError(
                         f"a text of {tokens} tokens does not fit in memory even by itself: free "
                         f"some, lower max_seq_length or take a smaller dtype ({error})"
@@ -196,7 +196,7 @@ def run_batches(
                 yield done, finish()
             if is_short:
                 relieve()
-                relieved = part
+                is_relieved = True
                 halves = part.halve()
                 if most is None and halves:
                     logger.warning(

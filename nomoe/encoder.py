@@ -303,7 +303,8 @@ class Encoder:
         Raises:
             TypeError: The input or one of its items is not text; the message says which.
             ValueError: An unknown prompt name, precision or dimension, text that is not valid
-                Unicode, or a text too long under `on_too_long="error"`.
+                Unicode, a text too long under `on_too_long="error"`, or vectors that are not finite
+                under a precision of integers.
             RuntimeError: `device` cannot be used here.
             torch.OutOfMemoryError: On CUDA, a text does not fit in memory even by itself.
         """

@@ -308,10 +308,14 @@ class _Snapshot:
             model.device,
             model.dtype,
             model.backend.takes_tables,
-            # the older names of it raise where a user has set the newer ones
+            # by which torch's products are made; the older names of the first raise where a user
+            # has set it by this one, and not every torch has the last
             matmul.fp32_precision,
+            matmul.allow_fp16_accumulation,
             matmul.allow_fp16_reduced_precision_reduction,
             matmul.allow_bf16_reduced_precision_reduction,
+            getattr(matmul, "allow_fp16_reduced_precision_reduction_split_k", None),
+            getattr(matmul, "allow_bf16_reduced_precision_reduction_split_k", None),
         )
 
 
@@ -401,6 +405,9 @@ class Engine:
         """
         model, backend = self.model, self.model.backend
         if not backend.takes_tables:
+            if self._snapshot is not None:
+                # a model that has left a GPU leaves others the room
+                self.relieve()
             is_cuda = model.device.type == "cuda"
             ids_T = torch.empty(len(ids), dtype=torch.int64, device="cpu", pin_memory=is_cuda)
             ids_T.numpy()[:] = ids
@@ -477,7 +484,8 @@ class Engine:
     def relieve(self) -> None:
         """Give back what memory can be given back."""
         self.reset()
-        if self.model.device.type == "cuda":
+        # the model may have left it
+        if torch.cuda.is_initialized():
             # torch refuses while somebody else's graph is recorded
             with _RECORDING, suppress(RuntimeError):
                 torch.cuda.empty_cache()
@@ -505,13 +513,8 @@ class Engine:
         """
         model = self.model
         device = model.device
-        if not model.backend.takes_tables:
-            # it may have left a device where others want the room
-            if self._snapshot is not None:
-                self.reset()
-            return None
         # autocast changes what a forward launches
-        if torch.is_autocast_enabled(device.type):
+        if not model.backend.takes_tables or torch.is_autocast_enabled(device.type):
             return None
         with self._lock:
             if self._snapshot is None or not self._snapshot.holds(model):

@@ -68,8 +68,12 @@ def quantize(
     """
     if precision == "float32":
         return vectors
-    if not np.isfinite(vectors).all():
-        raise ValueError(f"precision {precision!r} has no code for a vector that is not finite")
+    if not (is_finite := np.isfinite(vectors).all(axis=1)).all():
+        raise ValueError(
+            f"{int((~is_finite).sum())} of {len(vectors)} vectors are not finite, first that of "
+            f"row {int(is_finite.argmin())}; precision {precision!r} has no code for them, float32 "
+            "gives them as they are"
+        )
     if precision in ("binary", "ubinary"):
         packed: npt.NDArray[np.uint8] = np.packbits(vectors > 0, axis=1)
         # sentence-transformers' convention: the signed form is the unsigned one less 128

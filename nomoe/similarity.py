@@ -71,7 +71,11 @@ def _tensor(given: Any) -> Tensor:
     """One tensor of an array, a tensor, or a list or tuple of numbers, rows or vectors."""
     if isinstance(given, list | tuple):
         if any(isinstance(one, Tensor) for one in given):
-            parts = [one if isinstance(one, Tensor) else _tensor(np.asarray(one)) for one in given]
+            device = next(one.device for one in given if isinstance(one, Tensor))
+            parts = [
+                one if isinstance(one, Tensor) else _tensor(np.asarray(one)).to(device)
+                for one in given
+            ]
             if len({one.shape for one in parts}) > 1:
                 shapes = [tuple(one.shape) for one in parts[:8]]
                 raise ValueError(f"embeddings are {shapes}, not alike")

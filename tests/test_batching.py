@@ -260,6 +260,7 @@ def test_a_text_that_fits_nowhere_is_an_error(depth: int, sizes: list[list[int]]
     device = Device(10)
     with pytest.raises(torch.OutOfMemoryError, match=r"a text of 11 tokens does not fit .*2 GiB"):
         device.run(batches_of(*sizes), depth)
+    assert device.refused == device.relieved + 1
 
 
 def test_a_text_alone_is_tried_again_once_memory_was_given_back() -> None:

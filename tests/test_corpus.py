@@ -166,8 +166,10 @@ def test_folders_patterns_lists_and_uris(tmp_path: Path, shallow_model: dict[str
         f"{uri}/{name}.parquet" for name in ("a", "c")
     ]
     assert [one.path for one in find_sources(f"{uri}/b/1.parquet")] == [f"{uri}/b/1.parquet"]
-    with pytest.raises(TypeError, match=r"inputs is Table, .*Encoder\.encode"):
-        find_sources(pa.table({"text": ["a"]}))  # type: ignore[arg-type]
+    texts = {"text": ["a"]}
+    for wrong in (pa.table(texts), pa.array(["a"]), texts, [3], b"x.txt", None, 3):
+        with pytest.raises(TypeError, match=r"the input is \w+, expected names .*Encoder\.encode"):
+            find_sources(wrong)  # type: ignore[arg-type]
     # a shard may hold rows of several files
     embed_corpus(uri, tmp_path / "out", shard_rows=25, **shallow_model)
     embed_corpus(folder, tmp_path / "here", shard_rows=25, **shallow_model)

@@ -145,13 +145,18 @@ def test_the_library_computes_what_the_formula_leaves_it(monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize("gelu", [False, True])
 def test_under_autocast_the_library_multiplies(gelu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It leaves 16 bits beside weights in float32, which no kernel takes."""
+    """Whatever the rows; and it leaves 16 bits beside weights in float32, which no kernel takes."""
     x_TI, weight_OI, bias_O = draw(9, 96, 64, torch.float32)
     monkeypatch.setattr(configs, "dense", lambda device, shape: TILES["small"])
     with torch.autocast(DEVICE.type, torch.float16):
-        out_TO = fused.linear(x_TI.half(), weight_OI, bias_O, gelu=gelu)
-        expected_TO = reference.linear(x_TI.half(), weight_OI, bias_O, gelu=gelu)
-    assert torch.equal(out_TO, expected_TO)
+        for one in (x_TI, x_TI.half()):
+            out_TO = fused.linear(one, weight_OI, bias_O, gelu=gelu)
+            assert torch.equal(out_TO, reference.linear(one, weight_OI, bias_O, gelu=gelu))
+        halves = [one.half() for one in (x_TI, weight_OI, bias_O)]
+        own_TO = fused.linear(*halves, gelu=gelu, tile=TILES["small"])
+        assert torch.equal(fused.linear(*halves, gelu=gelu), own_TO), "nothing to cast"
+        with pytest.raises(ValueError, match=r"weight_OI has dtype torch\.float32"):
+            fused.linear(x_TI.half(), weight_OI, bias_O, gelu=gelu, tile=TILES["small"])
     with pytest.raises(ValueError, match=r"weight_OI has dtype torch\.float32"):
         fused.linear(x_TI.half(), weight_OI, bias_O, gelu=gelu)
 

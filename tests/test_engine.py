@@ -91,6 +91,10 @@ class StandInOps:
 class StandInBackend(NamedTuple):
     takes_tables: bool = True
 
+    @property
+    def ops(self) -> Any:
+        return reference
+
     def attention_tile(self, *sizes: Any) -> AttentionTile:
         return AttentionTile("rotating", 16, 16, 4, 2)
 
@@ -107,6 +111,12 @@ class StandIn(torch.nn.Module):
         self.config = config_of(n_embd=32)
         self.backend = StandInBackend()
         self.device, self.dtype = torch.device("cpu"), torch.float32
+
+    def forward_packed(
+        self, ids_T: Tensor, lengths: list[int], *, output_routing: bool = False
+    ) -> NomicMoEOutput:
+        places_T = torch.cat([torch.arange(1, length + 1) for length in lengths])
+        return NomicMoEOutput(self.words(ids_T) * places_T[:, None])
 
     def forward_tables(self, ops: StandInOps, *, output_routing: bool = False) -> NomicMoEOutput:
         tables = ops.tables
@@ -406,14 +416,24 @@ def test_a_users_precision_of_products_by_its_newer_name(model: Any) -> None:
         torch.backends.cuda.matmul.fp32_precision = before
 
 
-@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
-def test_a_recording_sums_products_as_the_user_asks(model: Any, dtype: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("allow_fp16_accumulation", (False, True)),
+        ("allow_fp16_reduced_precision_reduction", (True, False)),
+        ("allow_bf16_reduced_precision_reduction", (True, False)),
+        ("allow_fp16_reduced_precision_reduction", ((False, True), (False, False))),
+        ("allow_bf16_reduced_precision_reduction", ((False, True), (False, False))),
+    ],
+)
+def test_a_recording_sums_products_as_the_user_asks(
+    model: Any, name: str, settings: tuple[Any, Any]
+) -> None:
     runner, recorder = engine_of(model)
-    name = f"allow_{dtype}_reduced_precision_reduction"
     before = getattr(torch.backends.cuda.matmul, name)
     try:
-        for allowed, records in ((True, 1), (False, 2)):
-            setattr(torch.backends.cuda.matmul, name, allowed)
+        for records, setting in enumerate(settings, start=1):
+            setattr(torch.backends.cuda.matmul, name, setting)
             for _ in range(2):
                 run(runner, [5])
             assert recorder.records == records
@@ -429,13 +449,14 @@ def test_autocast_is_not_replayed(model: Any) -> None:
     assert recorder.records == 0
 
 
-def test_a_model_that_leaves_triton_leaves_no_recordings(model: Any) -> None:
+@pytest.mark.parametrize("sizes", [[5], [2] * 1025], ids=["small", "without a bucket"])
+def test_a_model_that_leaves_triton_leaves_no_recordings(model: Any, sizes: list[int]) -> None:
     """As `model.cpu()` does: what it held on the device is for others."""
     runner, recorder = engine_of(model)
     for _ in range(2):
         run(runner, [5])
     model.backend = StandInBackend(takes_tables=False)
-    assert runner._replay(engine._Key(Bucket(8, 1), POOLING), [1], [1], True) is None
+    assert torch.equal(run(runner, sizes), expected(model, sizes))
     assert runner.recordings == []
     assert recorder.releases == 1
     assert runner._buffers is None

@@ -63,7 +63,7 @@ def test_binary_agrees_with_sentence_transformers(vectors: np.ndarray) -> None:
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_what_is_not_finite_has_no_code(vectors: np.ndarray, precision: str, value: float) -> None:
     vectors[7, 3] = value
-    with pytest.raises(ValueError, match="not finite"):
+    with pytest.raises(ValueError, match="1 of 200 vectors are not finite, first that of row 7"):
         quantize(vectors, precision)
     assert quantize(vectors, "float32") is vectors
 

@@ -226,9 +226,11 @@ def linear(
     Raises:
         ValueError: Shapes, dtypes, devices or strides that no kernel takes.
     """
-    if x_TI.dtype != weight_OI.dtype and torch.is_autocast_enabled(x_TI.device.type):
-        # of which autocast makes one dtype
-        tile = "library"
+    kind = x_TI.device.type
+    if tile is None and torch.is_autocast_enabled(kind):
+        # which casts the operands of torch's products alone
+        wanted = torch.get_autocast_dtype(kind)
+        tile = None if x_TI.dtype == weight_OI.dtype == wanted else "library"
     if tile is None:
         outer, inner = weight_OI.shape
         shape = DenseShape(inner, outer, x_TI.itemsize, len(x_TI), gelu)

@@ -65,14 +65,19 @@ def find_sources(inputs: str | Path | Sequence[str | Path]) -> list[Source]:
         ValueError: Standard input ("-"), a suffix that is not known, a compressed file, files of
             several formats, a file named twice, or a name that is not UTF-8.
         ImportError: A URI or a format that needs pyarrow, which is not installed.
-        TypeError: Something other than names.
+        TypeError: Something other than a str or a Path.
     """
-    if isinstance(inputs, Mapping) or hasattr(inputs, "columns"):
-        raise TypeError(
-            f"inputs is {type(inputs).__name__}, expected names of files; texts in memory are for "
-            "Encoder.encode and Encoder.stream"
-        )
-    given = [inputs] if isinstance(inputs, str | Path) else list(inputs)
+    # iterating over a table would give the names of its columns
+    is_table = isinstance(inputs, Mapping) or hasattr(inputs, "columns")
+    given: list[Any] = [inputs]
+    if isinstance(inputs, Iterable) and not isinstance(inputs, str) and not is_table:
+        given = list(inputs)
+    for one in given:
+        if not isinstance(one, str | Path):
+            raise TypeError(
+                f"the input is {type(one).__name__}, expected names of files; texts in memory are "
+                "for Encoder.encode and Encoder.stream"
+            )
     if not given:
         raise ValueError("no input is named")
     if "-" in map(str, given) and not Path("-").exists():

@@ -15,6 +15,7 @@ from .. import __version__
 from ..backends import BackendName
 from ..checkpoint import DEFAULT_REPO, DEFAULT_REVISION, SETTINGS_FILES, find_weights, locate
 from ..encoder import Encoder
+from . import check_encoder
 
 _HASHED_AT_ONCE = 1 << 24
 
@@ -29,6 +30,9 @@ class NomicMoEForMTEB(AbsEncoder):
         encoder: The encoder.
         meta: What it is.
 
+    Raises:
+        TypeError: `encoder` is none.
+
     Attributes:
         model: The encoder.
         model_prompts: Prompt by task type or role.
@@ -36,6 +40,7 @@ class NomicMoEForMTEB(AbsEncoder):
     """
 
     def __init__(self, encoder: Encoder, meta: ModelMeta) -> None:
+        check_encoder(encoder)
         self.model = encoder
         self.model_prompts = {name: one for name, one in encoder.prompts.items() if one}
         self.mteb_model_meta = meta
