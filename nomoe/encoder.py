@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
 from pathlib import Path
@@ -33,7 +33,7 @@ from .pipeline import Plan
 from .quantize import Precision, check_precision, quantize
 from .repository import SentenceSettings, read_sentence_settings
 from .routes import Routes
-from .tokenizer import Tokenizer, check_texts
+from .tokenizer import Tokenizer, check_texts, is_table
 
 logger = logging.getLogger(__name__)
 
@@ -431,7 +431,7 @@ class Encoder:
                 iterating).
             ValueError: As `encode`; for a bad text while iterating.
         """
-        if isinstance(inputs, str | bytes | bytearray) or _is_table(inputs):
+        if isinstance(inputs, str | bytes | bytearray) or is_table(inputs):
             raise TypeError(f"stream takes an iterable of texts, not one {type(inputs).__name__}")
         plan = self._plan(
             prompt_name,
@@ -606,9 +606,9 @@ def _as_list(inputs: str | Sequence[str]) -> list[str]:
     sequence = hasattr(inputs, "__len__") and hasattr(inputs, "__getitem__")
     # an array of no dimension has both, and no length
     sequence = sequence and getattr(inputs, "ndim", 1) > 0
-    if not sequence or _is_table(inputs) or isinstance(inputs, bytes | bytearray):
+    if not sequence or is_table(inputs) or isinstance(inputs, bytes | bytearray):
         hint = "stream() takes any iterable of str"
-        if _is_table(inputs):
+        if is_table(inputs):
             hint = "of a table, pass one column"
         raise TypeError(
             f"inputs is {type(inputs).__name__}, expected a str or a sequence of str; {hint}"
@@ -616,8 +616,3 @@ def _as_list(inputs: str | Sequence[str]) -> list[str]:
     texts = list(inputs)
     check_texts(texts)
     return texts
-
-
-def _is_table(inputs: object) -> bool:
-    """Whether iterating would give keys, or the names of a data frame's columns."""
-    return isinstance(inputs, Mapping) or hasattr(inputs, "columns")

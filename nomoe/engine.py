@@ -309,7 +309,7 @@ class _Snapshot:
             model.dtype,
             model.backend.takes_tables,
             # by which torch's products are made; the older names of the first raise where a user
-            # has set it by this one, and not every torch has the last
+            # has set it by this one, and not every torch has the last two
             matmul.fp32_precision,
             matmul.allow_fp16_accumulation,
             matmul.allow_fp16_reduced_precision_reduction,

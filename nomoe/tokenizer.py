@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -65,6 +66,11 @@ class Tokenizer:
     def pieces(self, ids: list[int]) -> list[str]:
         """Return the vocabulary's piece for each id."""
         return [self.backend.id_to_token(one) or "" for one in ids]
+
+
+def is_table(inputs: object) -> bool:
+    """Whether iterating would give keys, or the names of a data frame's columns."""
+    return isinstance(inputs, Mapping) or hasattr(inputs, "columns")
 
 
 def check_texts(texts: list[str], first: int = 0) -> None:

@@ -492,6 +492,9 @@ def test_similarity(encoder: Encoder) -> None:
         encoder.similarity_pairwise(vectors[:3], vectors[:2])
     with pytest.raises(ValueError, match="96 and 32 features"):
         encoder.similarity(vectors, vectors[:, :32])
+    # where the tensors are
+    mixed = [torch.ones(96, device="meta"), np.ones(96, np.float32)]
+    assert encoder.similarity(mixed, mixed).device.type == "meta"
     for codes in (np.ones((2, 96), np.uint8), torch.ones(2, 96, dtype=torch.uint8)):
         with pytest.raises(ValueError, match="uint8 have no cosine"):
             encoder.similarity(codes, vectors)

@@ -441,6 +441,9 @@ def test_warmup_leaves_nothing_to_record(tiny_folder: Path) -> None:
     encoder = Encoder.from_pretrained(tiny_folder, device="cuda").warmup()
     recorded = set(encoder._engine.recordings)
     assert {Bucket(16, 1), Bucket(512, 1)} <= recorded
+    # where it is
+    encoder.to("cuda")
+    assert set(encoder._engine.recordings) == recorded
     for words in range(1, 520, 7):
         encoder.encode_query("a " * words)
     assert set(encoder._engine.recordings) == recorded

@@ -220,8 +220,9 @@ def linear(
         weight_OI: As the reference.
         bias_O: As the reference.
         gelu: As the reference.
-        tile: How to cut the product, or "library", instead of what `configs.dense` picks. The
-            library takes whatever torch takes, and its GELU reads a rounded product.
+        tile: How to cut the product, or "library", instead of what `configs.dense` picks, or under
+            autocast the library, unless there is nothing to cast. The library takes whatever torch
+            takes, and its GELU reads a rounded product.
 
     Raises:
         ValueError: Shapes, dtypes, devices or strides that no kernel takes.

@@ -7,11 +7,13 @@ import fnmatch
 import io
 import logging
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
 from urllib.parse import quote, unquote
+
+from ..tokenizer import is_table
 
 logger = logging.getLogger(__name__)
 
@@ -67,10 +69,8 @@ def find_sources(inputs: str | Path | Sequence[str | Path]) -> list[Source]:
         ImportError: A URI or a format that needs pyarrow, which is not installed.
         TypeError: Something other than a str or a Path.
     """
-    # iterating over a table would give the names of its columns
-    is_table = isinstance(inputs, Mapping) or hasattr(inputs, "columns")
     given: list[Any] = [inputs]
-    if isinstance(inputs, Iterable) and not isinstance(inputs, str) and not is_table:
+    if isinstance(inputs, Iterable) and not isinstance(inputs, str) and not is_table(inputs):
         given = list(inputs)
     for one in given:
         if not isinstance(one, str | Path):
